@@ -1,0 +1,50 @@
+"""One progress bar for terminals, notebooks and log files, with an ETA from the whole run so far."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from tqdm.notebook import tqdm_notebook
+
+LINE_INTERVAL_SEC = 30.0
+
+
+class _Lines:
+    """A text stream that turns the bar's carriage returns into lines, so that logs stay readable."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip("\r\n") + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def in_notebook() -> bool:
+    """Whether this code runs inside a Jupyter kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def progress(
+    iterable: Iterable | None = None, *, desc: str, total: int | None = None, **kw: Any
+) -> tqdm:
+    """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times in a log.
+
+    `smoothing=0` averages over all steps, because the last few seconds predict a run with pauses
+    for samples and checkpoints badly.
+    """
+    kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
+    if in_notebook():
+        return tqdm_notebook(iterable, **kw)
+    if sys.stderr.isatty():
+        return tqdm(iterable, **kw)
+    kw |= {"dynamic_ncols": False, "ncols": 100, "ascii": True, "mininterval": LINE_INTERVAL_SEC}
+    return tqdm(iterable, file=_Lines(sys.stderr), maxinterval=LINE_INTERVAL_SEC, **kw)
