@@ -1,0 +1,165 @@
+"""LoRA on UNet and text encoder through PEFT: attach, name what is trainable, save, load.
+
+PEFT puts its layers into the model in place, so the model keeps its class and goes on working inside
+a diffusers pipeline; the `PeftModel` around it is only the handle for saving and loading.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bunny_lora import runs
+from bunny_lora.config import LoRASection
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.seeding import derive_seed
+
+# CLIP names its projections differently from the UNet, so `lora.target_modules` cannot serve both.
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+PARTS = ("unet", "text_encoder")
+
+
+def attach(
+    model: torch.nn.Module, part: str, lora: LoRASection, *, base_model: str, seed: int
+) -> PeftModel:
+    """Put fresh LoRA layers into `model`, in place; they start as no change (B is zero).
+
+    Args:
+        model: a frozen UNet or text encoder.
+        part: "unet" or "text_encoder"; decides the target modules and the random stream.
+        lora: rank, alpha, dropout and target modules.
+        base_model: recorded in `adapter_config.json`.
+        seed: of the run; A is drawn from it.
+
+    Raises:
+        BunnyLoraError: no module of the model matches `lora.target_modules`.
+    """
+    targets = lora.target_modules if part == "unet" else TEXT_ENCODER_TARGETS
+    lora_config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+    )
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(derive_seed(seed, f"lora {part}"))
+        try:
+            peft_model = get_peft_model(model, lora_config)
+        except ValueError as error:
+            raise BunnyLoraError(
+                f"lora.target_modules {targets} do not fit the {part}: {error}"
+            ) from None
+    lora_config.base_model_name_or_path = base_model
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
+    return peft_model
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return exactly what training changes: LoRA's A and B, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def save_adapter(peft_model: PeftModel, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, float32, as PEFT reads them.
+
+    Written here rather than by `save_pretrained`, which adds a template model card, may ask the hub
+    for the base model, and lists the target modules in an order that changes from run to run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA"} | peft_model.peft_config["default"].to_dict()
+    config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
+    runs.write_json(folder / "adapter_config.json", config)
+
+
+def load_adapter(model: torch.nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Put the adapter in `folder` into `model`, in place.
+
+    Reads `adapter_model.safetensors`, or an `adapter_model.bin` of older tools with torch's
+    weights-only reader, which runs no code.
+
+    Raises:
+        BunnyLoraError: no adapter there, unreadable, or made for another base model.
+    """
+    check_adapter(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        try:
+            peft_model = get_peft_model(model, config)
+            load_weights(peft_model, folder)
+        except (ValueError, RuntimeError) as error:
+            raise BunnyLoraError(
+                f"The adapter in {folder} was made for another base model than the one loaded"
+                f" ({config.base_model_name_or_path or 'unknown'} is recorded in it): {error}"
+            ) from error
+    if not trainable:
+        peft_model.requires_grad_(False).eval()
+    return peft_model
+
+
+def load_weights(peft_model: PeftModel, folder: Path) -> None:
+    """Overwrite the LoRA tensors of an attached adapter with those in `folder`.
+
+    Raises:
+        BunnyLoraError: the weights are missing, unreadable, or hold values that are not finite.
+        ValueError: they do not fit: other names or other shapes.
+    """
+    try:
+        state = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BunnyLoraError(
+            f"The weights in {folder} cannot be read safely: {reason}. They are cut off, damaged, or a"
+            " pickle that holds more than tensors; use another checkpoint."
+        ) from None
+    if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise BunnyLoraError(f"The weights in {folder} hold NaN or infinity in {bad[0]}.")
+    wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    state = {_known_name(name, wanted): tensor for name, tensor in state.items()}
+    if different := sorted(set(state) ^ set(wanted)):
+        raise ValueError(f"{len(different)} tensors have no counterpart, {different[0]} among them")
+    set_peft_model_state_dict(peft_model, state)
+
+
+def _known_name(name: str, wanted: dict[str, torch.Tensor]) -> str:
+    """Older transformers wrapped CLIP's encoder in `text_model.`; newer ones do not."""
+    shorter = name.replace("text_model.", "", 1)
+    return shorter if name not in wanted and shorter in wanted else name
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise BunnyLoraError unless `folder` looks like one PEFT adapter."""
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    if not (folder / "adapter_config.json").is_file() or not any((folder / n).is_file() for n in names):
+        raise BunnyLoraError(
+            f"No LoRA adapter in {folder}: adapter_config.json and {' or '.join(names)} are needed."
+            " Name a folder such as outputs/lora_weights/final or …/checkpoint-100."
+        )
+
+
+def adapter_parts(weights_dir: Path) -> dict[str, Path]:
+    """Return the adapters in a checkpoint or `final/` folder, by part of the model.
+
+    Raises:
+        BunnyLoraError: there is none.
+    """
+    parts = {part: weights_dir / part for part in PARTS if (weights_dir / part).is_dir()}
+    if not parts:
+        check_adapter(weights_dir / "unet")
+    return parts

@@ -1,0 +1,210 @@
+"""The parts of a Stable Diffusion 1.x: loaded, frozen, placed; encoding and drawing with them.
+
+The one place that knows the VAE's scaling factor, and the names of models that need no download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from bunny_lora import runs, standins
+from bunny_lora.errors import BunnyLoraError
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+
+
+@dataclass
+class Components:
+    """The parts that training needs; all frozen and in eval mode until an adapter is attached."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    device: torch.device
+    dtype: torch.dtype
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for "cpu", "cuda" or "auto" (CUDA where there is one).
+
+    Raises:
+        BunnyLoraError: "cuda" without a usable GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BunnyLoraError("device: cuda, but torch sees no CUDA GPU here; use device: cpu or auto.")
+    return torch.device(name)
+
+
+def resolve_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """Return the precision of the frozen weights and of the arithmetic.
+
+    "auto" is bfloat16 where the hardware multiplies it natively (AMX or AVX-512 BF16 on a CPU), since
+    emulated bfloat16 is slower than float32; float16 on older GPUs; else float32.
+    """
+    if mixed_precision != "auto":
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve_base_model(name: str) -> str:
+    """Return what `from_pretrained` takes: a local folder, or a repository of the hub.
+
+    Stand-ins are built where they are named for the first time.
+    """
+    if name in standins.STANDINS:
+        return str(standins.standin_folder(name))
+    for folder in (Path(name).expanduser(), runs.resolve(name)):
+        if (folder / "model_index.json").is_file():
+            return str(folder)
+    return name
+
+
+def _load(part: Any, base_model: str, subfolder: str, **kwargs: object) -> Any:
+    try:
+        return part.from_pretrained(resolve_base_model(base_model), subfolder=subfolder, **kwargs)
+    except (OSError, ValueError) as error:
+        raise model_not_loaded(base_model, error) from error
+
+
+def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
+    """Return the message for a base model that is neither here nor on the hub."""
+    reason = str(error).strip().splitlines()[0][:200]
+    return BunnyLoraError(
+        f"Could not load the base model {base_model}: {reason}\n"
+        "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
+        " nota-ai/bk-sdm-tiny, downloaded once with `hf download nota-ai/bk-sdm-tiny`), or, with no"
+        f" download, {' or '.join(standins.STANDINS)} (random weights: they draw noise)."
+    )
+
+
+def load_tokenizer(base_model: str) -> CLIPTokenizer:
+    """Load the tokenizer alone; it takes no weights."""
+    return _load(CLIPTokenizer, base_model, "tokenizer")
+
+
+def load_noise_scheduler(base_model: str) -> DDPMScheduler:
+    """Load the training schedule with the model's own betas and prediction type."""
+    return _load(DDPMScheduler, base_model, "scheduler")
+
+
+def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -> Components:
+    """Load all parts of a base model, frozen, in `dtype` on `device`.
+
+    Raises:
+        BunnyLoraError: there is no such model here, and none could be had from the hub.
+    """
+    models = {
+        "text_encoder": _load(CLIPTextModel, base_model, "text_encoder", dtype=dtype),
+        "vae": _load(AutoencoderKL, base_model, "vae", torch_dtype=dtype),
+        "unet": _load(UNet2DConditionModel, base_model, "unet", torch_dtype=dtype),
+    }
+    for model in models.values():
+        model.requires_grad_(False).eval().to(device)
+    return Components(
+        tokenizer=load_tokenizer(base_model),
+        noise_scheduler=load_noise_scheduler(base_model),
+        device=device,
+        dtype=dtype,
+        **models,
+    )
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of the scaled latents, float32 [N, 4, H/8, W/8] each.
+
+    Args:
+        vae: the encoder; its dtype and device are used.
+        pixel_values: [N, 3, H, W] in [-1, 1].
+    """
+    distribution = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    scale = vae.config.scaling_factor
+    return distribution.mean.float() * scale, distribution.std.float() * scale
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Return token ids, int64 [N, model_max_length], padded and truncated as Stable Diffusion does."""
+    encoded = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    return encoded.input_ids
+
+
+def encode_prompts(components: Components, captions: Sequence[str]) -> torch.Tensor:
+    """Return encoder_hidden_states [N, model_max_length, cross_attention_dim]; gradients flow."""
+    input_ids = tokenize(components.tokenizer, captions).to(components.device)
+    return components.text_encoder(input_ids)[0]
+
+
+def pipeline_from(components: Components, base_model: str) -> StableDiffusionPipeline:
+    """Return a pipeline around parts that are already in memory, with the model's own sampler."""
+    source = resolve_base_model(base_model)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            source,
+            tokenizer=components.tokenizer,
+            text_encoder=components.text_encoder,
+            vae=components.vae,
+            unet=components.unet,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise model_not_loaded(base_model, error) from error
+
+
+@torch.no_grad()
+def draw_image(
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    width: int,
+    height: int,
+    negative_prompt: str | None = None,
+    lora_scale: float = 1.0,
+) -> Image.Image:
+    """Draw one picture, width x height pixels, that depends on its arguments alone.
+
+    The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
+    `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(
+        prompt,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        cross_attention_kwargs=None if lora_scale == 1 else {"scale": lora_scale},
+    )
+    return result.images[0]

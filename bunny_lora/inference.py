@@ -1,0 +1,149 @@
+"""Pictures from a base model and a trained LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from bunny_lora import adapters, components, runs
+from bunny_lora.config import load_config
+from bunny_lora.errors import BunnyLoraError
+
+
+def load_lora_pipeline(
+    base_model: str | None = None,
+    lora_weights_dir: str | Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> StableDiffusionPipeline:
+    """Return a pipeline that draws with a trained LoRA, or with the base model alone.
+
+    Args:
+        base_model: folder, hub repository or stand-in; None reads it from the run that the weights
+            belong to.
+        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, or a run folder (its `final`); None loads
+            no LoRA.
+        device: "cpu", "cuda" or "auto".
+        dtype: precision of the base weights; None is the run's own, float32 without a run.
+
+    Raises:
+        BunnyLoraError: no such model or weights, or they do not belong together.
+    """
+    weights_dir = None if lora_weights_dir is None else find_weights(lora_weights_dir)
+    place = components.resolve_device(device)
+    if dtype is None:
+        dtype = run_dtype(weights_dir, place)
+    base_model = base_model or recorded_base_model(weights_dir)
+    parts = components.load_components(base_model, place, dtype)
+    if weights_dir is not None:
+        for part, folder in adapters.adapter_parts(weights_dir).items():
+            adapters.load_adapter(getattr(parts, part), folder)
+    return components.pipeline_from(parts, base_model)
+
+
+def find_weights(lora_weights_dir: str | Path) -> Path:
+    """Return the folder that holds `unet/`: the one named, or `final/` inside it."""
+    folder = Path(lora_weights_dir).expanduser()
+    folder = folder if folder.exists() else runs.resolve(folder)
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    adapters.adapter_parts(folder)
+    return folder
+
+
+def recorded_base_model(weights_dir: Path | None) -> str:
+    """Return the base model that an adapter was trained on.
+
+    Raises:
+        BunnyLoraError: it is recorded nowhere.
+    """
+    if weights_dir is not None:
+        if (weights_dir.parent / "config.yaml").is_file():
+            return load_config(weights_dir.parent / "config.yaml").base_model
+        folder = next(iter(adapters.adapter_parts(weights_dir).values()))
+        if name := runs.read_json(folder / "adapter_config.json").get("base_model_name_or_path"):
+            return name
+    raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
+
+
+def run_dtype(weights_dir: Path | None, device: torch.device) -> torch.dtype:
+    """Return the precision that a run was trained in, so that its pictures match its samples."""
+    if weights_dir is None or not (weights_dir.parent / "config.yaml").is_file():
+        return torch.float32
+    training = load_config(weights_dir.parent / "config.yaml").training
+    return components.resolve_dtype(training.mixed_precision, device)
+
+
+def generate_image(
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+    *,
+    seed: int = 42,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    lora_scale: float = 1.0,
+) -> Image.Image:
+    """Draw one picture; its `info` carries prompt, seed and settings, and `save_image` keeps them.
+
+    Args:
+        pipe: from `load_lora_pipeline`.
+        prompt: what to draw.
+        seed: the same seed gives the same picture, alone or among others; as in diffusers,
+            `torch.Generator("cpu").manual_seed(seed)`.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance, https://arxiv.org/abs/2207.12598; 1 and below is off.
+        negative_prompt: what to steer away from.
+        width: pixels, a multiple of 8; None is the model's own size.
+        height: likewise.
+        lora_scale: strength of the adapter, 0 (the base model) to 1 (as trained) and beyond.
+
+    Raises:
+        BunnyLoraError: width or height is no positive multiple of 8.
+    """
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    width, height = native if width is None else width, native if height is None else height
+    if width % 8 or height % 8 or min(width, height) < 8:
+        raise BunnyLoraError(
+            f"{width} x {height} pixels cannot be drawn: width and height must be multiples of 8."
+        )
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "width": width,
+        "height": height,
+        "negative_prompt": negative_prompt,
+        "lora_scale": lora_scale,
+    }
+    image = components.draw_image(pipe, prompt, **settings)
+    image.info["parameters"] = json.dumps({"prompt": prompt} | settings, ensure_ascii=False)
+    return image
+
+
+def generate_images(
+    pipe: StableDiffusionPipeline, prompts: Iterable[str], seeds: Iterable[int], **settings: Any
+) -> Iterable[Image.Image]:
+    """Yield every prompt with every seed, prompts first; settings as for `generate_image`."""
+    seeds = list(seeds)
+    for prompt in prompts:
+        for seed in seeds:
+            yield generate_image(pipe, prompt, seed=seed, **settings)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG atomically, with the picture's settings in its `parameters` text."""
+    metadata = PngInfo()
+    if "parameters" in image.info:
+        metadata.add_itxt("parameters", image.info["parameters"])
+    with runs.atomic_path(path) as part:
+        image.save(part, format="PNG", pnginfo=metadata)

@@ -1,0 +1,193 @@
+"""Stable Diffusion folders with random weights, built on the spot where no download can be had.
+
+`random-bk-sdm-tiny` has the published shapes of nota-ai/bk-sdm-tiny, so speed, memory and file formats
+are the real ones; `random-tiny` has the same parts at toy size, so that everything runs in seconds.
+Their pictures are noise: nothing drawn with them says anything about quality.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from bunny_lora import runs
+from bunny_lora.seeding import derive_seed
+
+# Text whose words the stand-in's tokenizer knows as one token, about as CLIP's would.
+TEXT = """
+a an the of in on at with and to from his her its by up down over under behind before near ellie
+phil rex victoria buck birdie flutter character cartoon anime animated scene detailed render style
+bunny rabbit cat bear fox mouse bird animal butterfly girl boy woman man small big huge large round
+young red orange yellow green blue purple violet pink brown grey white black golden dark light soft
+bright warm fur ears eyes eye nose mouth beak face head paw tail wings dress shirt hat scarf bow
+overalls jacket standing sitting running jumping waving sleeping walking looking smiling laughing
+singing stretching happy sad angry surprised calm sleepy left right front side close portrait wide
+full body view forest meadow beach snow city night bedroom desert grass tree branch hill sky cloud
+flower river house sun moon evening morning sunset day window street room bed stars sand sea
+mountain path field background
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that make one architecture; the rest is Stable Diffusion 1.x."""
+
+    unet: dict
+    vae_channels: tuple[int, ...]
+    vae_layers: int
+    vae_groups: int
+    text: dict
+    text_tokens: int
+
+
+# The config.json of each part of https://huggingface.co/nota-ai/bk-sdm-tiny
+BK_SDM_TINY = Shape(
+    unet={
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "mid_block_type": None,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    vae_channels=(128, 256, 512, 512),
+    vae_layers=2,
+    vae_groups=32,
+    text={
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+    },
+    text_tokens=77,
+)
+TINY = Shape(
+    unet={
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "mid_block_type": None,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+    vae_channels=(8, 16, 16, 16),
+    vae_layers=1,
+    vae_groups=8,
+    text={
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+    },
+    text_tokens=77,
+)
+STANDINS: dict[str, Shape] = {"random-tiny": TINY, "random-bk-sdm-tiny": BK_SDM_TINY}
+
+
+def build_tokenizer(model_max_length: int = 77, vocab_size: int = 2048) -> CLIPTokenizer:
+    """Return a CLIP tokenizer whose byte pairs are learned from `TEXT`; it can write any text."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), bpe.pre_tokenizer])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([TEXT] * 2, trainer)
+    merges = [tuple(pair) for pair in _model_part(bpe, "merges")]
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    words = list(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))
+    vocab = {word: index for index, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
+
+
+def _model_part(bpe: Tokenizer, part: str) -> list:
+    return json.loads(bpe.to_str())["model"][part]
+
+
+def build_pipeline(shape: Shape, seed: int = 0) -> StableDiffusionPipeline:
+    """Return a pipeline with random float32 weights, the same for the same seed."""
+    tokenizer = build_tokenizer(shape.text_tokens)
+    with torch.random.fork_rng(devices=[]):
+        text_config = CLIPTextConfig(
+            **shape.text,
+            max_position_embeddings=shape.text_tokens,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        parts: dict[str, Callable] = {
+            "text_encoder": lambda: CLIPTextModel(text_config),
+            "vae": lambda: _build_vae(shape),
+            "unet": lambda: UNet2DConditionModel(**shape.unet),
+        }
+        built = {}
+        for name, build in parts.items():
+            torch.manual_seed(derive_seed(seed, f"stand-in {name}"))
+            built[name] = build()
+    return StableDiffusionPipeline(
+        **built,
+        tokenizer=tokenizer,
+        scheduler=_build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _build_vae(shape: Shape) -> AutoencoderKL:
+    depth = len(shape.vae_channels)
+    return AutoencoderKL(
+        block_out_channels=shape.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        latent_channels=4,
+        layers_per_block=shape.vae_layers,
+        norm_num_groups=shape.vae_groups,
+        sample_size=512,
+    )
+
+
+def _build_scheduler() -> PNDMScheduler:
+    """Stable Diffusion 1.4's own scheduler/scheduler_config.json."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+
+
+def standin_folder(name: str) -> Path:
+    """Return the folder of a stand-in, built under `outputs/standins/` the first time.
+
+    The large one is stored in float16, as the published weights can be: 1 GB instead of 2.
+    """
+    folder = runs.project_root() / "outputs" / "standins" / name
+    if not (folder / "model_index.json").is_file():
+        with runs.atomic_path(folder) as part:
+            pipeline = build_pipeline(STANDINS[name])
+            pipeline = pipeline.to(torch.float16) if name != "random-tiny" else pipeline
+            pipeline.save_pretrained(part)
+    return folder
