@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bunny_lora.errors import BunnyLoraError
 
@@ -135,6 +143,7 @@ class Config(Section):
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("base_model")
     @classmethod
@@ -161,8 +170,15 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same."""
-        data = {"finetuning": self.model_dump(mode="json")}
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return _as_file(self.model_dump(mode="json"))
+
+    def given_yaml(self) -> str:
+        """Return only what the user set, in the file and beside it, as such a file."""
+        return _as_file(self._given)
+
+
+def _as_file(section: Mapping[str, Any]) -> str:
+    return yaml.safe_dump({"finetuning": dict(section)}, sort_keys=False, allow_unicode=True)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,28 +230,39 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
         BunnyLoraError: one line for every wrong key and value.
     """
     try:
-        return Config.model_validate(section)
+        config = Config.model_validate(section)
     except ValidationError as error:
         lines = [f"  - {_explain(item)}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
+    config._given = dict(section)
+    return config
 
 
-def set_key(overrides: dict[str, Any], assignment: str) -> None:
-    """Add `section.key=value` to `overrides`; the value is read as YAML.
+def set_key(overrides: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `section.key` in nested overrides."""
+    *sections, key = dotted.strip().split(".")
+    for name in sections:
+        overrides[name] = overrides = dict(overrides.get(name, {}))
+    overrides[key] = value
+
+
+def assign(overrides: dict[str, Any], assignment: str) -> None:
+    """Set what `section.key=value` says; the value is read as YAML.
 
     Raises:
-        BunnyLoraError: there is no `=` in the assignment.
+        BunnyLoraError: there is no `=` in the assignment, or the value is no YAML.
     """
     dotted, equals, value = assignment.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        equals = ""
     if not equals:
         raise BunnyLoraError(
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
-    *sections, key = dotted.strip().split(".")
-    for name in sections:
-        overrides = overrides.setdefault(name, {})
-    overrides[key] = yaml.safe_load(value)
+    set_key(overrides, dotted, parsed)
 
 
 def _explain(item: Any) -> str:

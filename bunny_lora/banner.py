@@ -1,0 +1,107 @@
+"""What a run is about to do, in a few lines, with an estimate from a trial of the real work."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch.optim import Optimizer
+
+from bunny_lora import adapters, runs
+from bunny_lora.learning import Learner
+
+if TYPE_CHECKING:
+    from bunny_lora.trainer import LoRATrainer
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds for one micro-batch forwards and backwards, and for the forward pass alone."""
+
+    micro_batch_sec: float
+    forward_sec: float
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory used so far in GB (10^9 bytes): of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if psutil.MACOS else 1024) / 1e9
+
+
+def time_trial(learner: Learner, optimizer: Optimizer) -> Trial:
+    """Time the run's first micro-batch, whose gradients are thrown away.
+
+    Twice, since the first pass also pays for allocating memory and choosing kernels.
+    """
+    for _ in range(2):
+        started = time.perf_counter()
+        loss = learner.loss(0)
+        forward_sec = time.perf_counter() - started
+        loss.backward()
+        micro_batch_sec = time.perf_counter() - started
+        optimizer.zero_grad()
+    return Trial(micro_batch_sec, forward_sec)
+
+
+def estimate_sec(trainer: LoRATrainer, trial: Trial, n_steps: int) -> float:
+    """Return the seconds that `n_steps` and their validation pictures are expected to take.
+
+    A picture costs a forward pass per inference step on two samples (with and without the prompt).
+    """
+    training, sampling = trainer.config.training, trainer.config.sampling
+    n_pictures = len(training.validation_prompts) * training.num_validation_images
+    n_pictures *= -(-n_steps // training.save_steps)
+    picture_sec = sampling.num_inference_steps * 2 * trial.forward_sec / training.batch_size
+    return (
+        n_steps * training.gradient_accumulation_steps * trial.micro_batch_sec
+        + n_pictures * picture_sec
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: "45 s", "12 min", "1 h 20 min", "2 d 3 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
+    """Return the opening banner, one fact a line."""
+    config, training, parts = trainer.config, trainer.config.training, trainer.parts
+    counts = {part: _count(getattr(parts, part)) for part in adapters.PARTS}
+    step_sec = trial.micro_batch_sec * training.gradient_accumulation_steps
+    per_step = f"{training.batch_size} x {training.gradient_accumulation_steps}"
+    precision = str(parts.dtype).removeprefix("torch.")
+    lines = {
+        "device": f"{parts.device}, {precision}, {torch.get_num_threads()} threads",
+        "base model": config.base_model,
+        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
+        "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
+        "images": f"{len(trainer.learner.images.captions)} at {config.resolution} px",
+        "steps": f"{n_steps} of {per_step} images, checkpoint every {training.save_steps}",
+        "estimate": f"{duration(estimate_sec(trainer, trial, n_steps))} ({step_sec:.2f} s a step)",
+        "memory": f"{peak_memory_gb(parts.device):.1f} GB at most in a trial step",
+        "run folder": runs.relative(trainer.run_dir),
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def _count(model: torch.nn.Module) -> str:
+    trainable = sum(p.numel() for p in adapters.trainable_parameters(model).values())
+    total = sum(p.numel() for p in model.parameters()) - trainable
+    return f"{trainable:,} on {total:,} frozen" if trainable else f"none, {total:,} frozen"

@@ -1,0 +1,152 @@
+"""The `bunny-lora` command: thin doors to the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bunny_lora import __version__
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.session import open_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 with a message and no traceback for a user's mistake."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BunnyLoraError as error:
+        print(f"bunny-lora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bunny-lora: stopped; the checkpoints written so far are whole.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="bunny-lora", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"bunny-lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    prepare = _with_config(commands.add_parser("prepare", help="write training data from a source"))
+    prepare.add_argument("--source", help="a stage-4 run, a folder of images, or auto")
+    prepare.add_argument("--overwrite", action="store_true", help="replace data edited by hand")
+    prepare.set_defaults(run=_prepare)
+
+    train = _with_config(commands.add_parser("train", help="train LoRA, or go on with a run"))
+    train.add_argument("--max-steps", type=int, help="training.max_train_steps")
+    train.add_argument("--output-dir", help="the run's folder")
+    train.set_defaults(run=_train)
+
+    evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
+    evaluate.add_argument("--output-dir", help="the run's folder")
+    evaluate.set_defaults(run=_evaluate)
+
+    config = _with_config(commands.add_parser("config", help="print the configuration in full"))
+    config.set_defaults(run=_config)
+    _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
+    _add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--config", help="YAML file; default: your data's or the demo's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="training.seed=1; repeatable"
+    )
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora-weights", help="…/final, …/checkpoint-100 or a run's folder")
+    parser.add_argument("--base-model", help="default: the one the run was trained on")
+    parser.add_argument("--prompt", action="append", required=True, help="repeatable")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--seed", type=int, action="append", help="repeatable; default 42")
+    parser.add_argument("--output", type=Path, default=Path("out.png"), help="PNG file, or a folder")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (7.5)")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="0: base model, 1: as trained")
+    parser.add_argument("--width", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    parser.set_defaults(run=_generate)
+
+
+def _add_world(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="command")
+    film = commands.add_parser("film", help="write a whole stage-4 run of a made-up film")
+    film.add_argument("--out", type=Path, required=True, help="a new folder, outputs/<run>")
+    film.add_argument("--frames", type=int, default=65, help="usable frames (65)")
+    film.add_argument("--seed", type=int, default=0)
+    film.set_defaults(run=_film)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from bunny_lora import report
+    from bunny_lora.prepare import prepare_data
+
+    config = open_config(options.config, settings=options.set, source=options.source)
+    print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from bunny_lora.trainer import LoRATrainer
+
+    named = {"max_steps": options.max_steps, "output_dir": options.output_dir}
+    LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from bunny_lora import report, runs
+    from bunny_lora.evaluation import evaluate
+
+    config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
+    print(report.scores_table(evaluate(runs.resolve(config.output_dir), config=config)))
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(open_config(options.config, settings=options.set).to_yaml(), end="")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from bunny_lora import inference, runs
+    from bunny_lora.progress import progress
+
+    pipe = inference.load_lora_pipeline(options.base_model, options.lora_weights, options.device)
+    seeds = options.seed or [42]
+    images = inference.generate_images(
+        pipe,
+        options.prompt,
+        seeds,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        negative_prompt=options.negative_prompt,
+        width=options.width,
+        height=options.height,
+        lora_scale=options.lora_scale,
+    )
+    paths = output_paths(options.output, len(options.prompt), seeds)
+    for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
+        inference.save_image(image, path)
+    print("\n".join(runs.relative(path) for path in paths))
+
+
+def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Path]:
+    """Return where each picture goes: `output` itself for one, else a numbered name for each."""
+    is_file = output.suffix.lower() == ".png"
+    if is_file and n_prompts * len(seeds) == 1:
+        return [output]
+    folder, stem = (output.parent, f"{output.stem}-") if is_file else (output, "")
+    return [folder / f"{stem}{p:02d}-{seed}.png" for p in range(n_prompts) for seed in seeds]
+
+
+def _film(options: argparse.Namespace) -> None:
+    from bunny_lora import runs
+    from bunny_lora.world.film import write_film
+
+    print(runs.relative(write_film(options.out, n_frames=options.frames, seed=options.seed)))

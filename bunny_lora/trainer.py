@@ -1,0 +1,289 @@
+"""Train LoRA adapters: the loop itself, and `LoRATrainer`, which does everything around it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from peft import PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bunny_lora import adapters, banner, checkpoint, components, dataset, resume, runs
+from bunny_lora.config import Config, load_config
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.latents import EncodedImages, encode_dataset
+from bunny_lora.learning import Learner
+from bunny_lora.prepare import prepare_data
+from bunny_lora.progress import progress
+from bunny_lora.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, one line of `log.jsonl`. `loss` is the mean over its `n_images` images."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    n_images: int
+    peak_memory_gb: float
+
+
+def training_loop(
+    learner: Learner,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    start_step: int = 0,
+) -> Iterator[StepRecord]:
+    """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
+
+    A step is one update on batch_size x gradient_accumulation_steps images. The caller decides what
+    happens in between: logging, samples, checkpoints, or stopping early.
+    """
+    training = learner.config.training
+    images_per_step = training.batch_size * training.gradient_accumulation_steps
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    for step in range(start_step + 1, training.max_train_steps + 1):
+        started = time.perf_counter()
+        first = (step - 1) * images_per_step
+        losses = []
+        for position in range(first, first + images_per_step, training.batch_size):
+            loss = learner.loss(position)
+            scaler.scale(loss / training.gradient_accumulation_steps).backward()
+            losses.append(loss.item())
+
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        learning_rate = float(lr_scheduler.get_last_lr()[0])
+        scaler.step(optimizer)
+        scaler.update()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+
+        yield StepRecord(
+            step=step,
+            loss=sum(losses) / len(losses),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm.item(),
+            seconds=time.perf_counter() - started,
+            n_images=images_per_step,
+            peak_memory_gb=banner.peak_memory_gb(learner.components.device),
+        )
+
+
+def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
+    """Return AdamW with torch's defaults, or bitsandbytes' 8-bit version of it.
+
+    Raises:
+        BunnyLoraError: `use_8bit_adam` without a CUDA GPU or without bitsandbytes.
+    """
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, lr=config.training.learning_rate)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise BunnyLoraError(
+            "use_8bit_adam needs the bitsandbytes package: `pip install bitsandbytes`, or set it to"
+            " false (LoRA's optimiser state is a few MB anyway)."
+        ) from None
+    if not torch.cuda.is_available():
+        raise BunnyLoraError("use_8bit_adam needs a CUDA GPU; set it to false here.")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=config.training.learning_rate)
+
+
+class LoRATrainer:
+    """Stage 5 in one call: `LoRATrainer("params/cpu.yaml").train()`.
+
+    Args:
+        config_path: a YAML file with a `finetuning:` section. None looks for `config.yaml` in the
+            working folder (a host pipeline's), then for the project's default (`runs.choose_params`).
+        overrides: laid over the file, `{"training": {"max_train_steps": 5}}`.
+        config: a ready configuration instead of a file.
+    """
+
+    def __init__(
+        self,
+        config_path: str | Path | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        config: Config | None = None,
+    ) -> None:
+        if config is None:
+            if config_path is None:
+                config_path, reason = runs.choose_params()
+                print(f"Configuration: {config_path or 'no file'} ({reason})")
+            config = load_config(config_path, overrides)
+        self.config = config
+        self.run_dir = runs.resolve(self.config.output_dir)
+        self.data_dir = runs.resolve(self.config.data_dir)
+
+    def train(self) -> Path:
+        """Do everything that is left to do of this run and return its `final/` folder.
+
+        Raises:
+            BunnyLoraError: no data, no model, impossible settings, or a run folder with another run.
+        """
+        self.prepare_data()
+        start = resume.open_run(self.run_dir, self.config, dataset.data_sha256(self.data_dir))
+        final = self.run_dir / "final"
+        last_step = int(start.name.split("-")[1]) if start else 0
+        if final.is_dir() and last_step == self.config.training.max_train_steps:
+            print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
+            return final
+        self.load(start)
+        self._train_to_the_end(last_step)
+        checkpoint.save_adapters(final, self.models)
+        print(f"Done: {runs.relative(final)}")
+        return final
+
+    def prepare_data(self) -> None:
+        """Prepare the training data if there is none."""
+        if not (self.data_dir / "metadata.jsonl").is_file():
+            summary = prepare_data(self.config)
+            print(f"Prepared {summary['n_images']} images in {runs.relative(self.data_dir)}")
+
+    def load(self, start: Path | None = None) -> None:
+        """Load the base model, attach LoRA, encode the data, and take up the checkpoint `start`."""
+        config, training = self.config, self.config.training
+        device = components.resolve_device(config.device)
+        dtype = components.resolve_dtype(training.mixed_precision, device)
+        self.parts = components.load_components(config.base_model, device, dtype)
+        self.pipe = components.pipeline_from(self.parts, config.base_model)
+        images = self._encode(self.data_dir, config.instance_prompt, "training")
+        class_images = self._class_images() if config.prior_preservation.enabled else None
+
+        self.models = self._attach()
+        self.learner = Learner(self.parts, config, images, class_images)
+        self.optimizer = build_optimizer(config, self.trainable())
+        self.lr_scheduler = get_scheduler(
+            training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_train_steps
+        )
+        scaled = device.type == "cuda" and dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        if start is not None:
+            state = (self.models, self.optimizer, self.lr_scheduler, self.scaler)
+            step = checkpoint.load_checkpoint(start, *state)
+            print(f"Going on after step {step} from {runs.relative(start)}")
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Return every parameter that training changes."""
+        models = [getattr(self.parts, part) for part in self.models]
+        return [p for model in models for p in adapters.trainable_parameters(model).values()]
+
+    def _attach(self) -> dict[str, PeftModel]:
+        config = self.config
+        if config.training.gradient_checkpointing:
+            self.parts.unet.enable_gradient_checkpointing()
+            if config.lora.train_text_encoder:
+                self.parts.text_encoder.gradient_checkpointing_enable()
+        names = adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
+        return {
+            part: adapters.attach(
+                getattr(self.parts, part),
+                part,
+                config.lora,
+                base_model=config.base_model,
+                seed=config.training.seed,
+            )
+            for part in names
+        }
+
+    def _encode(self, folder: Path, prompt: str, stream: str) -> EncodedImages:
+        config = self.config
+        images = dataset.ImageDataset(
+            folder,
+            resolution=config.resolution,
+            center_crop=config.center_crop,
+            instance_prompt=prompt,
+        )
+        named = zip(images.captions, images.characters, strict=True)
+        tokenizer = self.parts.tokenizer
+        captions = [dataset.name_first(text, names, tokenizer) for text, names in named]
+        return encode_dataset(
+            self.parts.vae,
+            images,
+            captions,
+            folder.parent / "latents",
+            random_flip=config.random_flip,
+            num_workers=config.num_workers,
+            pin_memory=config.pin_memory,
+            stream=stream,
+        )
+
+    def _class_images(self) -> EncodedImages:
+        """Draw the class images that are not there yet, with the base model, and encode all."""
+        prior = self.config.prior_preservation
+        folder = runs.resolve(prior.class_data_dir)
+        paths = [folder / f"class_{i:05d}.png" for i in range(prior.num_class_images)]
+        missing = [(i, path) for i, path in enumerate(paths) if not path.is_file()]
+        for i, path in progress(missing, desc="draw class images", disable=not missing):
+            seed = derive_seed(self.config.training.seed, "class image", i)
+            self._draw(prior.class_prompt, seed, path)
+        dataset.write_metadata(folder, {path.name: prior.class_prompt for path in paths})
+        return self._encode(folder, prior.class_prompt, "class")
+
+    def _draw(self, prompt: str, seed: int, path: Path) -> None:
+        sampling, side = self.config.sampling, self.config.resolution
+        image = components.draw_image(
+            self.pipe,
+            prompt,
+            seed=seed,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            width=side,
+            height=side,
+        )
+        with runs.atomic_path(path) as part:
+            image.save(part)
+
+    def _train_to_the_end(self, last_step: int) -> None:
+        training, n_steps = self.config.training, self.config.training.max_train_steps
+        log = self.run_dir / "log.jsonl"
+        resume.keep_log_until(log, last_step)
+        self._set_training_mode(True)
+        trial = banner.time_trial(self.learner, self.optimizer)
+        print(banner.describe(self, trial, n_steps - last_step))
+
+        recent: list[float] = []
+        records = training_loop(self.learner, self.optimizer, self.lr_scheduler, self.scaler, last_step)
+        bar = progress(desc="train", total=n_steps, initial=last_step, unit="step")
+        with bar, log.open("a", encoding="utf-8") as lines:
+            for record in records:
+                lines.write(json.dumps(asdict(record)) + "\n")
+                lines.flush()
+                recent.append(record.loss)
+                if record.step % training.logging_steps == 0 or record.step == n_steps:
+                    bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+                    recent.clear()
+                if record.step % training.save_steps == 0 or record.step == n_steps:
+                    self._save(record.step)
+                bar.update()
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint, then draw the validation prompts with it."""
+        folder = self.run_dir / f"checkpoint-{step}"
+        checkpoint.save_checkpoint(
+            folder, self.models, self.optimizer, self.lr_scheduler, self.scaler, step
+        )
+        self._set_training_mode(False)
+        training = self.config.training
+        for p, prompt in enumerate(training.validation_prompts):
+            for i in range(training.num_validation_images):
+                path = self.run_dir / "samples" / f"step-{step:06d}" / f"{p:02d}-{i}.png"
+                self._draw(prompt, derive_seed(training.seed, "validation", i), path)
+        self._set_training_mode(True)
+
+    def _set_training_mode(self, training: bool) -> None:
+        for part in self.models:
+            getattr(self.parts, part).train(training)
