@@ -18,8 +18,8 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from bunny_lora.errors import BunnyLoraError
@@ -52,7 +52,7 @@ class LoRASection(Section):
     """Low-rank adapters, https://arxiv.org/abs/2106.09685: ΔW = (alpha / rank) · B · A."""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
     train_text_encoder: bool = False
@@ -155,18 +155,23 @@ class Config(Section):
             )
         return value
 
-    @model_validator(mode="after")
-    def _possible(self) -> Config:
-        if self.training.mixed_precision == "fp16" and self.device == "cpu":
+    # Checks across keys hang on one of them each, so that one mistake does not hide the other.
+    @field_validator("use_8bit_adam")
+    @classmethod
+    def _8bit_adam_is_possible(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("device") == "cpu":
             raise ValueError(
-                "training.mixed_precision fp16 needs a GPU; on device cpu choose auto, bf16 or no"
+                "needs a CUDA GPU and the bitsandbytes package; on device cpu set it to false"
+                " (LoRA's optimiser state is a few MB anyway)"
             )
-        if self.use_8bit_adam and self.device == "cpu":
-            raise ValueError(
-                "use_8bit_adam needs a CUDA GPU and the bitsandbytes package; on device cpu set it to"
-                " false (LoRA's optimiser state is a few MB anyway)"
-            )
-        return self
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _precision_is_possible(cls, value: TrainingSection, info: ValidationInfo) -> TrainingSection:
+        if value.mixed_precision == "fp16" and info.data.get("device") == "cpu":
+            raise ValueError("mixed_precision fp16 needs a GPU; on device cpu choose auto, bf16 or no")
+        return value
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same."""
@@ -218,9 +223,14 @@ def read_section(path: Path) -> dict[str, Any]:
         raise BunnyLoraError(f"No configuration at {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BunnyLoraError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("finetuning"), dict):
+    if not isinstance(data, dict) or "finetuning" not in data:
         raise BunnyLoraError(f"{path} has no `finetuning:` section; see params/cpu.yaml for one.")
-    return data["finetuning"]
+    section = data["finetuning"] or {}  # All keys commented out: the defaults.
+    if not isinstance(section, dict):
+        raise BunnyLoraError(
+            f"{path}: `finetuning:` holds no keys but {section!r}; see params/cpu.yaml."
+        )
+    return section
 
 
 def validate(section: Mapping[str, Any], where: str = "the configuration") -> Config:
@@ -240,10 +250,12 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
 
 
 def set_key(overrides: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set `section.key` in nested overrides."""
+    """Set `section.key` in nested overrides; what stood there before gives way."""
     *sections, key = dotted.strip().split(".")
     for name in sections:
-        overrides[name] = overrides = dict(overrides.get(name, {}))
+        if not isinstance(overrides.get(name), dict):
+            overrides[name] = {}
+        overrides = overrides[name]
     overrides[key] = value
 
 
@@ -251,18 +263,17 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
     """Set what `section.key=value` says; the value is read as YAML.
 
     Raises:
-        BunnyLoraError: there is no `=` in the assignment, or the value is no YAML.
+        BunnyLoraError: there is no `=` in the assignment, or its value is no YAML.
     """
     dotted, equals, value = assignment.partition("=")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        equals = ""
     if not equals:
         raise BunnyLoraError(
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
-    set_key(overrides, dotted, parsed)
+    try:
+        set_key(overrides, dotted, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise BunnyLoraError(f"--set {assignment}: the value is not YAML: {error}") from error
 
 
 def _explain(item: Any) -> str:

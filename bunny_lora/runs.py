@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bunny_lora
 from bunny_lora.errors import BunnyLoraError
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ def is_config_file(path: Path) -> bool:
     """Whether `path` is a YAML file with a `finetuning:` section at its top level."""
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     return any(line.startswith("finetuning:") for line in text.splitlines())
 
 
@@ -103,8 +104,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     is replaced. When the block fails, the old state stays and the temporary one is removed.
 
     Raises:
-        BunnyLoraError: the disk is full or the folder cannot be written.
+        BunnyLoraError: the disk is full or the folder cannot be written. Other errors of the block,
+            an image that cannot be read for one, pass through as they are.
     """
+    path = path.absolute()
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +116,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush(temporary / path.name)
         _swap(temporary / path.name, path)
     except OSError as error:
+        if not _is_about(path.parent, error):
+            raise
         raise BunnyLoraError(
-            f"Could not write {path}: {error.strerror or error}. What was there before is untouched;"
+            f"Could not write {path}: {error.strerror}. What was there before is untouched;"
             " free some space or choose another folder, then run the same command again."
         ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_about(folder: Path, error: OSError) -> bool:
+    """Whether the system refused to write in `folder` or to make it; a full disk names no file."""
+    if error.errno is None:  # Raised by a library, as Pillow does for what is no image.
+        return False
+    if not isinstance(error.filename, str):
+        return True
+    named = Path(error.filename).absolute()
+    return named.is_relative_to(folder) or folder.is_relative_to(named)
 
 
 def _swap(part: Path, path: Path) -> None:
@@ -147,9 +162,8 @@ def _fsync(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if file.is_file():
-            _fsync(file)
+    for item in [path, *path.rglob("*")]:  # Folders too: they hold the names of the files.
+        _fsync(item)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,10 +210,12 @@ def _git(*arguments: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Return what made this run: commit, dirty or not, versions, machine. No path, no secret."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # Installed into someone else's repository, say its .venv, we are not what git tracks there.
+    tracked = _git("ls-files", "--error-unmatch", "runs.py") is not None
+    status = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
     return {
-        "bunny_lora": importlib.metadata.version("bunny-lora"),
-        "commit": _git("rev-parse", "HEAD"),
+        "bunny_lora": bunny_lora.__version__,
+        "commit": _git("rev-parse", "HEAD") if tracked else None,
         "dirty": None if status is None else bool(status),
         "python": sys.version.split()[0],
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_config(
     if in_notebook():
         reject_unknown_parameters()
     path, reason = _choose(config_path, finetuning)
-    overrides = dict(finetuning or {})
+    overrides = copy.deepcopy(dict(finetuning or {}))
     for name, value in named.items():
         if value is not None:
             configuration.set_key(overrides, SHORT_NAMES[name], value)

@@ -1,0 +1,80 @@
+# Two commands on a bare machine with Python 3.11+, pip and make: `make demo` and `make test`.
+# PYTHON chooses the interpreter that .venv is made with: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+NOTEBOOKS := 01_prepare 02_train 03_evaluate
+DEMO := outputs/demo
+DEMO_RUN := $(DEMO)/lora_weights
+
+.PHONY: help demo test lint lab lock clean
+.DELETE_ON_ERROR:
+
+help: ## Say what each command does
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, headless
+	@rm -rf $(DEMO_RUN) $(DEMO)/training_data
+	@mkdir -p $(DEMO_RUN)/notebooks
+	@for name in $(NOTEBOOKS); do \
+	    echo "--- notebooks/$$name.ipynb"; \
+	    $(BIN)/papermill notebooks/$$name.ipynb $(DEMO_RUN)/notebooks/$$name.ipynb \
+	        -p config_path params/demo.yaml --kernel python3 --cwd . \
+	        --no-progress-bar --log-level ERROR --stdout-file /dev/stdout --stderr-file /dev/stderr \
+	        || exit 1; \
+	done
+	@echo
+	@echo "The demo is done. Look at"
+	@echo "  executed notebooks  $(DEMO_RUN)/notebooks/"
+	@echo "  LoRA weights        $(DEMO_RUN)/final/"
+	@echo "  before / after      $(DEMO_RUN)/evaluation/before_after.png"
+	@echo "  report              $(DEMO_RUN)/evaluation/eval.json"
+
+test: export HF_HUB_OFFLINE := 1
+test: lint ## Lint, types, fast tests, and the notebooks at smoke size
+	$(BIN)/python -m pytest tests
+	@rm -rf outputs/smoke
+	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	    $(NOTEBOOKS:%=notebooks/%.ipynb)
+	@echo "All passed: lint, format, types, tests, notebooks $(NOTEBOOKS)."
+
+lint: $(INSTALLED) ## Lint, format check and types alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(INSTALLED) ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks/$(firstword $(NOTEBOOKS)).ipynb
+
+# One throwaway environment resolves everything at once; what it ends with is the lock.
+lock: ## Resolve pyproject.toml anew into requirements.lock
+	@set -e; venv=$$(mktemp -d); trap 'rm -rf "$$venv"' EXIT; \
+	$(PYTHON) -m venv "$$venv"; \
+	"$$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77"; \
+	"$$venv/bin/python" -m pip install --no-build-isolation --editable . --group dev; \
+	{ \
+	    echo "# Every version this project runs and is tested with. Made by \`make lock\` from pyproject.toml;"; \
+	    echo "# do not edit by hand. CUDA packages are left out: torch itself names those that it needs."; \
+	    "$$venv/bin/python" -m pip list --format=freeze --exclude-editable --exclude pip \
+	        | sed -E 's/\+[a-z0-9.]+$$//' | grep -Eiv '^(nvidia|cuda|triton)'; \
+	} > "$$venv/requirements.lock"; \
+	cp "$$venv/requirements.lock" requirements.lock; \
+	wc -l requirements.lock
+
+clean: ## Remove what the demo, the tests and the tools left; never your own outputs, nor .venv
+	rm -rf $(DEMO) outputs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp comes last, so an interrupted installation is taken up again by the next command.
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "bunny_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not one." \
+	         "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
