@@ -75,7 +75,7 @@ def resolve_base_model(name: str) -> str:
         return str(standins.standin_folder(name))
     for folder in (Path(name).expanduser(), runs.resolve(name)):
         if (folder / "model_index.json").is_file():
-            return str(folder)
+            return str(folder.absolute())
     return name
 
 

@@ -31,3 +31,13 @@ def film_run() -> Path:
         if (run := folder / "shared" / "data" / "big_buck_bunny_run").is_dir():
             return run
     pytest.skip("no film run; name one with BUNNY_LORA_FILM_RUN")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Stable Diffusion folder at toy size with random weights; nobody writes into it."""
+    from bunny_lora import standins
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    standins.build_pipeline(standins.TINY).save_pretrained(folder)
+    return str(folder)

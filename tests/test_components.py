@@ -1,0 +1,103 @@
+"""Loading and using the parts of a Stable Diffusion, against diffusers' own pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from bunny_lora import components, standins
+from bunny_lora.errors import BunnyLoraError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model: str) -> components.Components:
+    return components.load_components(tiny_model, CPU, torch.float32)
+
+
+def test_everything_is_frozen_in_the_asked_precision(tiny_model: str) -> None:
+    loaded = components.load_components(tiny_model, CPU, torch.bfloat16)
+    for model in (loaded.unet, loaded.vae, loaded.text_encoder):
+        assert not model.training and model.dtype == torch.bfloat16
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_latents_are_scaled_once_as_the_pipeline_expects(parts: components.Components) -> None:
+    pixel_values = torch.rand(1, 3, 64, 64) * 2 - 1
+    mean, std = components.encode_images(parts.vae, pixel_values)
+    distribution = parts.vae.encode(pixel_values).latent_dist
+    torch.testing.assert_close(mean, distribution.mean * parts.vae.config.scaling_factor)
+    torch.testing.assert_close(std, distribution.std * parts.vae.config.scaling_factor)
+    assert mean.shape == (1, 4, 8, 8)
+
+
+def test_prompts_are_encoded_as_by_the_pipeline(tiny_model: str, parts: components.Components) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    prompts = ["ellie in a forest", "a caption far too long for the text encoder " * 20]
+    for prompt in prompts:
+        expected, _ = pipe.encode_prompt(prompt, CPU, 1, do_classifier_free_guidance=False)
+        torch.testing.assert_close(components.encode_prompts(parts, [prompt]), expected)
+
+
+def test_a_picture_is_the_one_that_plain_diffusers_draws(
+    tiny_model: str, parts: components.Components
+) -> None:
+    settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 48}
+    pipe = components.pipeline_from(parts, tiny_model)
+    ours = components.draw_image(pipe, "rex", seed=5, negative_prompt="blurry", **settings)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_model)
+    generator = torch.Generator("cpu").manual_seed(5)
+    theirs = plain("rex", generator=generator, negative_prompt="blurry", **settings).images[0]
+    assert ours.size == (64, 48) and ours.tobytes() == theirs.tobytes()
+
+
+def test_a_missing_model_is_explained_with_ways_out(project: Path) -> None:
+    with pytest.raises(
+        BunnyLoraError, match=r"nobody/nothing(.|\n)*nota-ai/bk-sdm-tiny(.|\n)*random-tiny"
+    ):
+        components.load_components("nobody/nothing", CPU, torch.float32)
+
+
+def test_a_relative_model_folder_starts_at_the_project_root(project: Path, tiny_model: str) -> None:
+    (project / "models").mkdir()
+    (project / "models" / "mine").symlink_to(tiny_model)
+    assert components.resolve_base_model("models/mine") == str(project / "models" / "mine")
+    assert components.resolve_base_model("owner/name") == "owner/name"
+
+
+def test_devices_and_precisions_resolve_to_what_is_there() -> None:
+    assert components.resolve_device("cpu") == CPU
+    assert components.resolve_dtype("no", CPU) == torch.float32
+    assert components.resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert components.resolve_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    assert components.resolve_device("auto") == CPU
+    with pytest.raises(BunnyLoraError, match="no CUDA GPU"):
+        components.resolve_device("cuda")
+
+
+def test_the_standin_has_the_published_parameter_counts() -> None:
+    with torch.device("meta"):
+        unet = standins.UNet2DConditionModel(**standins.BK_SDM_TINY.unet)
+        vae = standins._build_vae(standins.BK_SDM_TINY)
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(323e6, rel=0.005)
+    assert sum(p.numel() for p in vae.parameters()) == pytest.approx(84e6, rel=0.005)
+
+
+def test_a_standin_is_the_same_each_time_it_is_built(tiny_model: str) -> None:
+    again = standins.build_pipeline(standins.TINY)
+    first = StableDiffusionPipeline.from_pretrained(tiny_model)
+    for name in ("unet", "vae", "text_encoder"):
+        old, new = getattr(first, name).state_dict(), getattr(again, name).state_dict()
+        assert all(torch.equal(old[key], new[key]) for key in new)
+
+
+def test_the_standins_tokenizer_keeps_any_text() -> None:
+    tokenizer = standins.build_tokenizer()
+    ids = tokenizer("Ellie, ünïcode 🙂").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["ellie", ",", "ünïcode", "🙂"]

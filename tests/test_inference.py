@@ -1,0 +1,105 @@
+"""Pictures from trained weights: by seed alone, from the run's own folder, carrying their settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+from PIL import Image
+from test_adapters import attached, shake
+
+from bunny_lora import adapters, components, inference, runs
+from bunny_lora.config import Config
+from bunny_lora.errors import BunnyLoraError
+
+FAST = {"num_inference_steps": 2, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
+    for part in adapters.PARTS:
+        peft_model = attached(getattr(parts, part), part)
+        shake(getattr(parts, part))
+        adapters.save_adapter(peft_model, folder / "final" / part)
+    config = Config(base_model=tiny_model, training={"mixed_precision": "no"})
+    runs.write_text(folder / "config.yaml", config.to_yaml())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(run_dir: Path) -> StableDiffusionPipeline:
+    return inference.load_lora_pipeline(lora_weights_dir=run_dir)
+
+
+def test_diffusers_and_peft_alone_draw_the_same_picture(
+    pipe: StableDiffusionPipeline, run_dir: Path, tiny_model: str
+) -> None:
+    ours = inference.generate_image(pipe, "ellie", seed=11, **FAST)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    plain.unet = PeftModel.from_pretrained(plain.unet, run_dir / "final" / "unet")
+    plain.text_encoder = PeftModel.from_pretrained(
+        plain.text_encoder, run_dir / "final" / "text_encoder"
+    )
+    generator = torch.Generator("cpu").manual_seed(11)
+    theirs = plain("ellie", generator=generator, guidance_scale=7.5, **FAST).images[0]
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipe: StableDiffusionPipeline) -> None:
+    many = list(inference.generate_images(pipe, ["ellie", "rex"], [1, 2], **FAST))
+    assert inference.generate_image(pipe, "rex", seed=2, **FAST).tobytes() == many[3].tobytes()
+    assert len({image.tobytes() for image in many}) == 4
+
+
+def test_scale_zero_is_the_base_and_scale_one_what_was_trained(
+    pipe: StableDiffusionPipeline, tiny_model: str
+) -> None:
+    base = inference.generate_image(inference.load_lora_pipeline(tiny_model), "ellie", **FAST)
+    images = {
+        scale: inference.generate_image(pipe, "ellie", lora_scale=scale, **FAST)
+        for scale in (0.0, 0.5, 1.0)
+    }
+    assert images[0.0].tobytes() == base.tobytes()
+    assert len({image.tobytes() for image in images.values()}) == 3
+    again = inference.generate_image(pipe, "ellie", **FAST)
+    assert again.tobytes() == images[1.0].tobytes(), "an earlier scale stayed behind"
+
+
+def test_the_png_carries_prompt_seed_and_settings(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    image = inference.generate_image(pipe, "ellie, naïve 🙂", seed=9, negative_prompt="blurry", **FAST)
+    inference.save_image(image, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as saved:
+        parameters = json.loads(saved.text["parameters"])
+        assert saved.tobytes() == image.tobytes()
+    assert parameters["prompt"] == "ellie, naïve 🙂" and parameters["seed"] == 9
+    assert parameters["negative_prompt"] == "blurry" and parameters["num_inference_steps"] == 2
+
+
+def test_the_base_model_is_read_from_the_run_or_the_adapter(run_dir: Path, tmp_path: Path) -> None:
+    assert inference.recorded_base_model(run_dir / "final") != "random-tiny"
+    (tmp_path / "unet").symlink_to(run_dir / "final" / "unet")
+    assert inference.recorded_base_model(tmp_path) == "random-tiny"
+    with pytest.raises(BunnyLoraError, match="--base-model"):
+        inference.recorded_base_model(None)
+
+
+def test_a_base_model_of_other_shapes_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    other = components.standins
+    shape = other.Shape(
+        **(vars(other.TINY) | {"unet": other.TINY.unet | {"block_out_channels": (16, 32)}})
+    )
+    other.build_pipeline(shape).save_pretrained(tmp_path / "other")
+    with pytest.raises(BunnyLoraError, match="made for another base model"):
+        inference.load_lora_pipeline(str(tmp_path / "other"), run_dir)
+
+
+@pytest.mark.parametrize("size", [(65, 64), (64, 0), (-8, 64)])
+def test_sizes_that_cannot_be_drawn_are_refused(pipe: StableDiffusionPipeline, size: tuple) -> None:
+    with pytest.raises(BunnyLoraError, match="multiples of 8"):
+        inference.generate_image(pipe, "ellie", width=size[0], height=size[1])
