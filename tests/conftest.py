@@ -1,9 +1,13 @@
 """What all tests share: a project of their own in a temporary folder, and no network."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from bunny_lora.config import Config, merge, validate
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -41,3 +45,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     standins.build_pipeline(standins.TINY).save_pretrained(folder)
     return str(folder)
+
+
+def draw_frames(folder: Path, n_images: int, seed: int = 0) -> Path:
+    """Write small coloured frames, 96 x 54, with captions; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(n_images):
+        colour = tuple((40 * i + 90 * channel + 31 * seed) % 256 for channel in range(3))
+        image = Image.new("RGB", (96, 54), colour)
+        image.paste((255 - colour[0], 30 * i % 256, 20), (10 + 8 * i, 10, 30 + 8 * i, 44))
+        image.save(folder / f"frame_{i:06d}.png")
+        lines.append({"file_name": f"frame_{i:06d}.png", "text": f"ellie, cartoon bunny number {i}"})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metadata.jsonl").write_text(text)
+    return folder
+
+
+def tiny_config(base_model: str, **overrides: object) -> Config:
+    """A configuration that trains in about a second on the data of `draw_frames`."""
+    tiny = {
+        "base_model": base_model,
+        "output_dir": "run",
+        "data_dir": "data/instance_images",
+        "resolution": 32,
+        "lora": {"rank": 2, "alpha": 2},
+        "training": {
+            "learning_rate": 1e-3,
+            "max_train_steps": 4,
+            "gradient_accumulation_steps": 2,
+            "mixed_precision": "no",
+        },
+        "sampling": {"num_inference_steps": 2},
+    }
+    return validate(merge(tiny, overrides))

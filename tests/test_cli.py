@@ -1,0 +1,87 @@
+"""The command line: each command does its work, and a mistake is one message without a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from bunny_lora.world.film import write_film
+from conftest import draw_frames, tiny_config
+from PIL import Image
+
+from bunny_lora import cli
+
+
+@pytest.fixture
+def config_file(project: Path, tiny_model: str) -> Path:
+    draw_frames(project / "data" / "instance_images", 3)
+    path = project / "params" / "tiny.yaml"
+    path.write_text(tiny_config(tiny_model, training={"max_train_steps": 1}).to_yaml())
+    return path
+
+
+def test_train_generate_and_evaluate_work_one_after_the_other(
+    config_file: Path, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["train", "--config", str(config_file), "--set", "lora.rank=3"]) == 0
+    adapter = json.loads((project / "run/final/unet/adapter_config.json").read_text())
+    assert adapter["r"] == 3
+    size = ["--width", "32", "--height", "32", "--steps", "2"]
+    picture = ["generate", "--lora-weights", "run/final", "--prompt", "ellie", *size]
+    assert cli.main([*picture, "--output", "one.png"]) == 0
+    assert (
+        cli.main([*picture, "--prompt", "rex", "--seed", "1", "--seed", "2", "--output", "many"]) == 0
+    )
+    assert Image.open("one.png").size == (32, 32)
+    names = sorted(path.name for path in Path("many").iterdir())
+    assert names == ["00-1.png", "00-2.png", "01-1.png", "01-2.png"]
+    assert cli.main(["evaluate", "--config", str(config_file)]) == 0
+    assert (project / "run/evaluation/eval.json").is_file()
+    assert "fidelity" in capsys.readouterr().out.lower()
+
+
+def test_prepare_reads_a_run_by_name_and_lists_what_it_left_out(
+    project: Path, tiny_model: str, capsys: pytest.CaptureFixture
+) -> None:
+    write_film(project / "outputs" / "film", n_frames=12)
+    setting = ["--set", f"base_model={tiny_model}", "--set", "data_dir=prepared/images"]
+    (project / "params" / "cpu.yaml").write_text("finetuning: {}")
+    assert cli.main(["prepare", "--source", "film", *setting]) == 0
+    assert len((project / "prepared/images/metadata.jsonl").read_text().splitlines()) == 12
+    assert "confidence" in capsys.readouterr().out
+
+
+def test_config_prints_a_file_that_can_be_read_back(
+    config_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cli.main(["config", "--config", str(config_file), "--set", "training.seed=5"])
+    text = capsys.readouterr().out.partition("\n")[2]
+    assert yaml.safe_load(text)["finetuning"]["training"]["seed"] == 5
+
+
+def test_a_mistake_is_one_message_and_status_2(project: Path) -> None:
+    command = [sys.executable, "-m", "bunny_lora", "train", "--config", "params/none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert done.returncode == 2
+    assert "No configuration at" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wrong_settings_are_all_shown(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    wrong = ["--set", "lora.rank=0", "--set", "training.max_steps=3"]
+    assert cli.main(["train", "--config", str(config_file), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert "lora.rank" in error and "did you mean training.max_train_steps?" in error
+
+
+@pytest.mark.parametrize(
+    "output, n_prompts, seeds, expected",
+    [
+        ("out.png", 1, [42], ["out.png"]),
+        ("out.png", 1, [1, 2], ["out-00-1.png", "out-00-2.png"]),
+        ("folder", 2, [7], ["folder/00-7.png", "folder/01-7.png"]),
+    ],
+)
+def test_output_names(output: str, n_prompts: int, seeds: list[int], expected: list[str]) -> None:
+    assert [path.as_posix() for path in cli.output_paths(Path(output), n_prompts, seeds)] == expected
