@@ -42,7 +42,7 @@ def test_named_values_and_settings_win_over_the_file(config_file: Path) -> None:
     assert (config.lora.rank, config.resolution, config.training.seed) == (2, 64, 42)
 
 
-def test_a_finetuning_parameter_stands_alone_without_a_file_and_over_one_with(
+def test_a_finetuning_parameter_stands_alone_or_over_a_named_file(
     config_file: Path,
 ) -> None:
     parameter = {"training": {"batch_size": 9}}
