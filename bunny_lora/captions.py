@@ -1,0 +1,184 @@
+"""What an entry says: tidy text, names as words of their own, and whether a caption can be trained on.
+
+Text only: whether the picture that belongs to it is there and good is for the modules above.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from bunny_lora.images import LeftOutError
+
+# Shorter answers are left-overs of a failed call ("N/A", "a frame") and say nothing of the picture.
+MIN_CAPTION_WORDS = 3
+MIN_CAPTION_CHARACTERS = 10
+
+FAILED_PREFIX = "Analysis failed"
+JSON_PREFIXES = ("{", "```")
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What both kinds of source come down to, before any picture is looked for."""
+
+    frame_id: str
+    recorded: str
+    caption: str = ""
+    reason: str = ""
+    characters: tuple[str, ...] = ()
+    confidence: float | None = None
+    rescued: bool = False
+    faces: tuple[Box, ...] = ()
+
+
+def clean(value: Any) -> Any:
+    """Return text on one line, without control characters or halves of characters; else as it is."""
+    if not isinstance(value, str):
+        return value
+    kept = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in value)
+    return " ".join("".join(kept).split())
+
+
+def find_name(text: str, name: str) -> re.Match[str] | None:
+    """Return where `text` first has `name` as a word of its own ("rex" is not in "trex")."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
+
+
+def _names(value: Any) -> Any:
+    """Lower-case names, each once; a single string is a list with commas, anything else no name."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list):
+        return value
+    names = [clean(name).lower() for name in value if isinstance(name, str)]
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def _boxes(value: Any) -> list[Box]:
+    """The face boxes that are four finite numbers: a bad one is no reason to lose the frame."""
+    items = value if isinstance(value, list) else []
+    boxes: list[Any] = [item.get("bbox") for item in items if isinstance(item, dict)]
+    return [(box[0], box[1], box[2], box[3]) for box in boxes if _is_box(box)]
+
+
+def _is_box(box: Any) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(x, int | float) and abs(x) < 1e6 and math.isfinite(x) for x in box)
+    )
+
+
+Text = Annotated[str, BeforeValidator(clean)]
+
+
+class Record(BaseModel):
+    """One object of llm_analysis.json, as far as training needs it."""
+
+    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    frame_id: Text = ""
+    frame_path: str = ""
+    characters_identified: Annotated[list[str], BeforeValidator(_names)] = Field(default_factory=list)
+    scene_description: Text = ""
+    sd_caption: Text = ""
+    confidence: float = Field(0.0, ge=0, le=1)
+    model_used: Text = ""
+    local_detections: Annotated[list[Box], BeforeValidator(_boxes)] = Field(default_factory=list)
+
+
+def entry_from_record(raw: Any, number: int, min_confidence: float) -> Entry:
+    """Return what object `number` of llm_analysis.json says, with the reason if it cannot be used."""
+    given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+    try:
+        record = Record.model_validate(given)
+    except ValidationError as error:
+        return _invalid_entry(given, number, error)
+    caption, reason = "", ""
+    try:
+        caption = _caption(record, min_confidence)
+    except LeftOutError as left_out:
+        reason = str(left_out)
+    return Entry(
+        record.frame_id or clean(PureWindowsPath(record.frame_path).stem) or f"entry {number}",
+        record.frame_path,
+        caption,
+        reason,
+        tuple(record.characters_identified),
+        record.confidence,
+        record.sd_caption.startswith(JSON_PREFIXES),
+        tuple(record.local_detections),
+    )
+
+
+def _invalid_entry(given: Any, number: int, error: ValidationError) -> Entry:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"])) or "entry"
+    label: Any = ""
+    recorded: Any = ""
+    if isinstance(given, dict):
+        label, recorded = clean(given.get("frame_id")), given.get("frame_path")
+    return Entry(
+        label if label and isinstance(label, str) else f"entry {number}",
+        recorded if isinstance(recorded, str) else "",
+        reason=clean(f"invalid entry: {where}: {first['msg']}"),
+    )
+
+
+def _caption(record: Record, min_confidence: float) -> str:
+    """Return the caption to train on, or raise `LeftOutError`."""
+    texts = (record.sd_caption, record.scene_description)
+    if record.model_used == "error" or any(text.startswith(FAILED_PREFIX) for text in texts):
+        raise LeftOutError("failed call: the language model gave no answer")
+    if record.confidence < min_confidence:
+        raise LeftOutError(f"low confidence: {record.confidence} < {min_confidence}")
+    caption = record.sd_caption
+    if not caption:
+        raise LeftOutError("no caption: sd_caption is empty")
+    rescued = caption.startswith(JSON_PREFIXES)
+    if rescued:
+        caption = record.scene_description
+    if rescued and (not caption or caption.startswith(JSON_PREFIXES)):
+        raise LeftOutError("cut-off JSON: neither the caption nor the scene description is a sentence")
+    if len(caption.split()) < MIN_CAPTION_WORDS or len(caption) < MIN_CAPTION_CHARACTERS:
+        raise LeftOutError(f"short caption: {caption!r}")
+    if not rescued:
+        return caption
+    absent = [name for name in record.characters_identified if not find_name(caption, name)]
+    return ", ".join([*absent, caption])
+
+
+def count_tokens(text: str, tokenizer: Any) -> int:
+    """Return how many tokens `text` takes in full, start and end tokens included."""
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def name_first(caption: str, names: Sequence[str], tokenizer: Any) -> str:
+    """Put the names in front if cutting at the tokenizer's limit would lose one that the caption has.
+
+    A caption that fits, and one that keeps its names, is returned as it is, so applying this twice
+    changes nothing. Names that the caption never mentions are not added.
+
+    Args:
+        caption: the whole caption.
+        names: the characters in the picture.
+        tokenizer: any with `model_max_length`, as transformers' are; the limit counts start and end.
+    """
+    limit = tokenizer.model_max_length
+    if count_tokens(caption, tokenizer) <= limit:
+        return caption
+    mentions = {name: find for name in names if (find := find_name(caption, name))}
+    # Words are tokenized one by one: what ends within the limit alone is kept whole in the cut caption.
+    lost = (count_tokens(caption[: m.end()], tokenizer) > limit for m in mentions.values())
+    front = ", ".join(mentions) + ", "
+    return front + caption if any(lost) and not caption.startswith(front) else caption

@@ -1,0 +1,191 @@
+"""Open pictures from anywhere and get upright RGB, or a reason why not.
+
+The one place that decides which files count as pictures, so that the reader of a source, the writer of
+training data and the data set agree on every one of them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+# Only decoders that are pure and common: others call programs (EPS) or open further files.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PLAIN_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",)}
+
+MIN_SIDE_PX = 32  # VAE and U-Net divide by 32 at least: anything smaller is a single point to them.
+MAX_SIDE_PX = 20_000
+MAX_ASPECT = 4  # A square crop of anything longer shows less than a quarter of the picture.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against decompression bombs.
+
+MAX_TAIL_PARTS = 16  # How much of a recorded path is looked for under other folders.
+
+
+class LeftOutError(Exception):
+    """Why one picture is not used: `kind: detail`; the kind is what the summary counts."""
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """Return the picture upright, in 8-bit RGB, transparency on white, the first frame of many.
+
+    Raises:
+        OSError, ValueError or another of Pillow's: the file is no picture or a broken one.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed white")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def inspect(path: Path) -> tuple[int, int]:
+    """Decode the whole picture once and return its upright (width, height) in pixels.
+
+    Raises:
+        LeftOutError: it is broken, or of a size that nobody trains on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(path.name, *image.size)  # From the header, before any pixel is decoded.
+                image.verify()
+            return open_rgb(path).size
+    except LeftOutError:
+        raise
+    except UnidentifiedImageError:
+        raise LeftOutError(f"broken image: {path.name} is not a picture in a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = f"{MAX_PIXELS / 1e6:.0f} million pixels"
+        raise LeftOutError(f"absurd image: {path.name} has more than {limit}") from None
+    except Exception as error:  # Pillow's decoders raise whatever they trip over.
+        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise LeftOutError(f"broken image: {path.name}: {detail}") from None
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    short, long = sorted((width, height))
+    limits = {
+        f"a side under {MIN_SIDE_PX} px": short < MIN_SIDE_PX,
+        f"a side over {MAX_SIDE_PX} px": long > MAX_SIDE_PX,
+        f"one side over {MAX_ASPECT} times the other": long > MAX_ASPECT * short,
+    }
+    for limit, broken in limits.items():
+        if broken:
+            raise LeftOutError(f"absurd image: {name} is {width} x {height} px, {limit}")
+
+
+def plain_suffix(path: Path) -> str | None:
+    """Return the file name's ending if the bytes can be used as they are, else None."""
+    with Image.open(path, formats=FORMATS) as image:
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
+        opaque = image.mode == "RGB" and not image.has_transparency_data
+        still = not getattr(image, "is_animated", False)
+        suffix = path.suffix.lower()
+        honest = suffix in PLAIN_SUFFIXES.get(image.format or "", ())
+        return suffix if upright and opaque and still and honest else None
+
+
+def plain_bytes(path: Path) -> bytes:
+    """Return a file that every reader shows alike: as it is if it is one already, else RGB PNG."""
+    if plain_suffix(path):
+        return path.read_bytes()
+    buffer = io.BytesIO()
+    open_rgb(path).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def is_inside(path: Path, folders: Sequence[Path]) -> bool:
+    """Whether `path` really lies in one of the resolved `folders`, symlinks and `..` followed."""
+    real = path.resolve()
+    return any(real.is_relative_to(folder) for folder in folders)
+
+
+class Finder:
+    """Looks for recorded pictures, also of a moved run, but never outside the allowed folders."""
+
+    def __init__(self, base: Path, allowed: Sequence[Path]) -> None:
+        """`base` is the run folder or the folder of pictures; it is always allowed."""
+        self.base = base.resolve()
+        self.allowed = [self.base, *(folder.resolve() for folder in allowed)]
+
+    def find(self, recorded: str) -> Path:
+        """Return the resolved path of the picture that was recorded as `recorded`.
+
+        Raises:
+            LeftOutError: it is nowhere, or only where we must not read.
+        """
+        tail = _tail(recorded)
+        shown = "/".join(tail[-2:])  # Never the whole path: it may be somebody's home.
+        outside = False
+        for candidate in self._candidates(recorded, tail):
+            if not is_file(candidate):
+                continue
+            if is_inside(candidate, self.allowed):
+                return candidate.resolve()
+            outside = True
+        if outside:
+            raise LeftOutError(
+                f"outside the project and the run folder: {shown} (copy it into the run)"
+            )
+        raise LeftOutError(f"missing frame: {shown or 'no path recorded'}")
+
+    def _candidates(self, recorded: str, tail: list[str]) -> Iterator[Path]:
+        """As given; from the run folder and the folders above it that are ours; by ever less of it."""
+        above = [folder for folder in self.base.parents if is_inside(folder, self.allowed)]
+        bases = [self.base, *above]
+        yield from (base / recorded for base in bases)
+        for start in range(len(tail)):
+            yield from (base.joinpath(*tail[start:]) for base in bases)
+        if tail:
+            yield from self._by_tail(tail)
+
+    def _by_tail(self, tail: list[str]) -> list[Path]:
+        """The one file anywhere under the run folder that ends most alike; none if two do."""
+
+        def alike(path: Path) -> int:
+            pairs = zip(reversed(path.parts), reversed(tail), strict=False)
+            return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), len(tail))
+
+        ranked = sorted(self._index.get(tail[-1], []), key=alike, reverse=True)
+        unique = len(ranked) == 1 or (len(ranked) > 1 and alike(ranked[0]) > alike(ranked[1]))
+        return ranked[:1] if unique else []
+
+    @cached_property
+    def _index(self) -> dict[str, list[Path]]:
+        index: dict[str, list[Path]] = {}
+        for folder, _, names in os.walk(self.base):
+            for name in names:
+                index.setdefault(name, []).append(Path(folder) / name)
+        return index
+
+
+def _tail(recorded: str) -> list[str]:
+    """Split a path of any system into its last parts; drive, root and `..` are left out."""
+    path = PureWindowsPath(recorded)  # Takes both kinds of slash.
+    parts = path.parts[1:] if path.anchor else path.parts
+    return [part for part in parts if part != ".."][-MAX_TAIL_PARTS:]
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False, not an error, for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

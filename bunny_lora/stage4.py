@@ -1,0 +1,281 @@
+"""Find what there is to train on, clean it, and say what was left out and why.
+
+A source is a run of the host pipeline's stage 4 (`outputs/<run>/llm_analysis/llm_analysis.json`, one
+object a frame) or a plain folder of pictures with captions. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from bunny_lora import runs
+from bunny_lora.captions import Box, Entry, clean, entry_from_record
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.images import SUFFIXES, Finder, LeftOutError, inspect, is_file, is_inside
+from bunny_lora.progress import progress
+
+RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
+METADATA = "metadata.jsonl"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture to train on. `faces` are boxes (x1, y1, x2, y2) and `size` is (w, h), in pixels."""
+
+    frame_id: str
+    path: Path
+    caption: str
+    characters: tuple[str, ...]
+    confidence: float | None
+    rescued: bool
+    faces: tuple[Box, ...]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One entry that is not used. `reason` is `kind: detail`; `path` None without a picture."""
+
+    frame_id: str
+    path: Path | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that was read. `origin` is the run folder or the plain one, `kind` "stage-4" or "folder"."""
+
+    origin: Path
+    kind: str
+    frames: list[Frame]
+    dropped: list[Dropped]
+    digest: str
+    min_confidence: float | None = None
+
+
+def find_source(name: str = "auto") -> Path:
+    """Return the stage-4 JSON, or the folder of pictures, that `name` stands for.
+
+    Args:
+        name: "auto" for the newest stage-4 run under `outputs/`; "bunny-world" for the demo's film; the
+            name of a run; or the path (from the project root or the working folder) of a run folder, of
+            its JSON, or of a folder of pictures.
+
+    Raises:
+        BunnyLoraError: there is no such thing; says what there is.
+    """
+    if name == "auto":
+        return _newest_run()
+    if name == "bunny-world":
+        return _demo_film()
+    for path in (runs.project_root() / "outputs" / name, runs.resolve(name), Path.cwd() / name):
+        if found := _as_source(path):
+            return found
+    raise BunnyLoraError(_unknown(name))
+
+
+def _all_runs() -> list[Path]:
+    return sorted(runs.project_root().glob(f"outputs/*/{RUN_JSON.as_posix()}"))
+
+
+def _newest_run() -> Path:
+    if found := _all_runs():
+        return max(found, key=lambda path: path.stat().st_mtime)
+    raise BunnyLoraError(
+        f"No stage-4 run: looked for outputs/*/{RUN_JSON.as_posix()} under {runs.project_root()}."
+        " Copy a run's folder into outputs/, or name a run or a folder of pictures with `source:`"
+        " (source: bunny-world is the demo's own film)."
+    )
+
+
+def _demo_film() -> Path:
+    if is_file(path := runs.demo_film_dir() / RUN_JSON):
+        return path
+    raise BunnyLoraError(
+        f"The demo's film is not drawn yet: no {runs.relative(path)}. `make demo` draws it."
+    )
+
+
+def _as_source(path: Path) -> Path | None:
+    """Return the JSON of the stage-4 run at `path`, or `path` if a folder of pictures, or None."""
+    for json_path in (path / RUN_JSON, path / RUN_JSON.name):
+        if is_file(json_path):
+            return json_path
+    if is_file(path) and path.suffix == ".json":
+        return path
+    return path if path.is_dir() and (is_file(path / METADATA) or _pictures(path)) else None
+
+
+def _unknown(name: str) -> str:
+    known = [path.parent.parent.name for path in _all_runs()]
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    listed = f"Runs under outputs/: {', '.join(known)}." if known else "There is no run under outputs/."
+    return (
+        f"No source {name!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path of a"
+        f" run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
+    )
+
+
+def read_source(path: Path, *, min_confidence: float = 0.5, instance_prompt: str = "") -> Source:
+    """Read and clean a source; every picture in `frames` has been decoded once and is good.
+
+    Pictures are read only inside the project root, the run folder, or the folder named.
+
+    Args:
+        path: what `find_source` returns, or a run folder.
+        min_confidence: stage-4 entries below it are left out; a missing confidence counts as 0.
+        instance_prompt: the caption of pictures in a plain folder that have none.
+
+    Raises:
+        BunnyLoraError: there is no source, or it cannot be read as a whole.
+    """
+    found = _as_source(path)
+    if found is None:
+        raise BunnyLoraError(_unknown(str(path)))
+    if found.is_dir():
+        entries = list(_folder_entries(found, instance_prompt))
+        kind, folder, threshold = "folder", found, None
+        raw = json.dumps([[entry.recorded, entry.caption] for entry in entries]).encode()
+    else:
+        raw, records = _read_list(found)
+        entries = [entry_from_record(record, n, min_confidence) for n, record in enumerate(records, 1)]
+        kind, threshold = "stage-4", min_confidence
+        folder = found.parent.parent if found.parent.name == RUN_JSON.parent.name else found.parent
+    frames, dropped = _look_for(entries, Finder(folder, [runs.project_root()]))
+    return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
+
+
+def _look_for(entries: list[Entry], finder: Finder) -> tuple[list[Frame], list[Dropped]]:
+    frames: dict[Path, Frame] = {}
+    dropped = []
+    looked: dict[str, tuple[Path | None, tuple[int, int], str]] = {}
+    for entry in progress(entries, desc="Checking frames", delay=2.0):
+        if entry.recorded not in looked:
+            looked[entry.recorded] = _look(finder, entry.recorded)
+        path, size, problem = looked[entry.recorded]
+        reason = entry.reason or problem
+        if path in frames and not reason:
+            reason = f"listed twice: the same picture as {frames[path].frame_id}"
+        if path is None or reason:
+            dropped.append(Dropped(entry.frame_id, path, reason))
+        else:
+            frames[path] = _frame(entry, path, size)
+    return list(frames.values()), dropped
+
+
+def _frame(entry: Entry, path: Path, size: tuple[int, int]) -> Frame:
+    said = {field.name: getattr(entry, field.name) for field in fields(Entry)}
+    del said["recorded"], said["reason"]
+    return Frame(path=path, size=size, **said)
+
+
+def _look(finder: Finder, recorded: str) -> tuple[Path | None, tuple[int, int], str]:
+    try:
+        path = finder.find(recorded)
+        return path, inspect(path), ""
+    except LeftOutError as left_out:
+        return None, (0, 0), clean(str(left_out))
+
+
+def _digest(raw: bytes, frames: list[Frame]) -> str:
+    digest = hashlib.sha256(raw)
+    for frame in frames:
+        digest.update(runs.sha256(frame.path).encode())
+    return digest.hexdigest()
+
+
+def _read_list(path: Path) -> tuple[bytes, list[Any]]:
+    again = "Let stage 4 finish or run it again, or name another run with `source:`."
+    try:
+        raw = path.read_bytes()
+        records = json.loads(raw)  # From bytes: takes a byte-order mark, and UTF-16 too.
+    except OSError as error:
+        raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise BunnyLoraError(f"{path} is not UTF-8 text (byte {error.start}). {again}") from None
+    except (ValueError, RecursionError) as error:
+        raise BunnyLoraError(f"{path} is cut off or not JSON: {error}. {again}") from None
+    if not isinstance(records, list):
+        kind = type(records).__name__
+        raise BunnyLoraError(f"{path} holds a {kind}, not a list with one object a frame. {again}")
+    if not records:
+        raise BunnyLoraError(f"{path} is an empty list: stage 4 described no frame. {again}")
+    return raw, records
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and is_file(path)
+    )
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of the lines that are not blank; the value is None if it is no JSON.
+
+    Raises:
+        BunnyLoraError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise BunnyLoraError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
+        ) from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def _folder_entries(folder: Path, instance_prompt: str) -> Iterator[Entry]:
+    """Yield the rows of metadata.jsonl, then the pictures that it does not list.
+
+    Captions here were written by a person, so short ones ("ellie, forest") are as good as long ones.
+    """
+    listed = set()
+    rows = json_lines(folder / METADATA) if is_file(folder / METADATA) else iter(())
+    for number, row in rows:
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            reason = f"invalid entry: line {number} of {METADATA} is no JSON object with a file_name"
+            yield Entry(f"line {number}", "", reason=reason)
+            continue
+        listed.add(name)
+        yield _folder_entry(folder, name, clean(row.get("text")), instance_prompt)
+    for path in _pictures(folder):
+        if path.name not in listed:
+            yield _folder_entry(folder, path.name, None, instance_prompt)
+
+
+def _folder_entry(folder: Path, name: str, text: Any, instance_prompt: str) -> Entry:
+    frame_id = clean(PureWindowsPath(name).stem) or clean(name)
+    try:
+        caption = text if text and isinstance(text, str) else _text_beside(folder, name)
+    except UnicodeDecodeError:
+        return Entry(frame_id, name, reason="invalid entry: the .txt caption is not UTF-8 text")
+    caption = caption or clean(instance_prompt)
+    reason = "" if caption else "no caption: no text, no .txt beside it, and no instance_prompt"
+    return Entry(frame_id, name, caption, reason)
+
+
+def _text_beside(folder: Path, name: str) -> str:
+    """Return the caption in `<picture>.txt`, as kohya's trainers keep it; empty if there is none."""
+    if not Path(name).name:
+        return ""
+    path = (folder / name).with_suffix(".txt")
+    if not is_file(path) or not is_inside(path, [folder.resolve()]):
+        return ""
+    return clean(path.read_bytes().decode("utf-8-sig"))
