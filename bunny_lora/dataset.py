@@ -40,7 +40,15 @@ SPLIT_WORDS = re.compile(
 )
 NOT_DATA = ("Thumbs.db", "desktop.ini")  # Left by file browsers; so is everything with a leading dot.
 
-__all__ = ["ImageDataset", "load_summary", "name_first", "prepare", "sample_indices"]
+__all__ = [
+    "ImageDataset",
+    "data_sha256",
+    "load_summary",
+    "name_first",
+    "prepare",
+    "sample_indices",
+    "write_captions",
+]
 
 
 def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite: bool = False) -> dict:
@@ -69,7 +77,7 @@ def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite:
     if old and intact and all(old.get(name) == value for name, value in key.items()):
         return old | {"unchanged": True}
     items = _plan(source.frames, tokenizer)
-    text = "".join(_line(item) for item in items)
+    text = "".join(_line(item.file_name, item.text) for item in items)
     if difference and _is_planned(data_dir, items, text):
         difference = ""
     if difference and not overwrite:
@@ -170,8 +178,8 @@ def _file_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def _line(item: Item) -> str:
-    return json.dumps({"file_name": item.file_name, "text": item.text}, ensure_ascii=False) + "\n"
+def _line(file_name: str, text: str) -> str:
+    return json.dumps({"file_name": file_name, "text": text}, ensure_ascii=False) + "\n"
 
 
 def _write(items: list[Item], text: str, data_dir: Path, *, keep_old: bool) -> list[str]:
@@ -227,6 +235,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         self.center_crop = center_crop
         rows = _read_rows(self.data_dir, instance_prompt)
         self.file_names = [file_name for file_name, _ in rows]
+        self.paths = [self.data_dir / file_name for file_name in self.file_names]
         self.captions = [text for _, text in rows]
         images = (load_summary(self.data_dir) or {}).get("images", [])
         names = {image["file_name"]: tuple(image["characters"]) for image in images}
@@ -236,7 +245,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         return len(self.file_names)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = self.data_dir / self.file_names[index]
+        path = self.paths[index]
         try:
             image = self._cut(open_rgb(path))
         except Exception as error:  # Pillow's decoders raise whatever they trip over.
@@ -250,6 +259,22 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale / 8) * 8) for side in image.size)
         return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_sha256(data_dir: Path) -> str:
+    """Return one hash of all that training reads of a folder: captions and pictures.
+
+    Raises:
+        BunnyLoraError: as `ImageDataset`.
+    """
+    data_dir = runs.resolve(data_dir)
+    names = sorted({file_name for file_name, _ in _read_rows(data_dir, "-")})
+    return runs.sha256(data_dir / METADATA, *(data_dir / name for name in names))
+
+
+def write_captions(folder: Path, captions: dict[str, str]) -> None:
+    """Write `metadata.jsonl` beside pictures that are there already: file names to captions."""
+    runs.write_text(folder / METADATA, "".join(_line(*item) for item in captions.items()))
 
 
 def _read_rows(data_dir: Path, instance_prompt: str) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -222,15 +223,18 @@ class LoRATrainer:
         )
 
     def _class_images(self) -> EncodedImages:
-        """Draw the class images that are not there yet, with the base model, and encode all."""
+        """Draw the class images that are missing, with the base model, and encode all."""
         prior = self.config.prior_preservation
         folder = runs.resolve(prior.class_data_dir)
-        paths = [folder / f"class_{i:05d}.png" for i in range(prior.num_class_images)]
-        missing = [(i, path) for i, path in enumerate(paths) if not path.is_file()]
+        present = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        places = ((i, folder / f"class_{i:05d}.png") for i in itertools.count())
+        free = ((i, path) for i, path in places if path not in present)
+        missing = list(itertools.islice(free, max(prior.num_class_images - len(present), 0)))
         for i, path in progress(missing, desc="draw class images", disable=not missing):
             seed = derive_seed(self.config.training.seed, "class image", i)
             self._draw(prior.class_prompt, seed, path)
-        dataset.write_metadata(folder, {path.name: prior.class_prompt for path in paths})
+        used = [*present, *(path for _, path in missing)][: prior.num_class_images]
+        dataset.write_captions(folder, {path.name: prior.class_prompt for path in used})
         return self._encode(folder, prior.class_prompt, "class")
 
     def _draw(self, prompt: str, seed: int, path: Path) -> None:

@@ -107,9 +107,7 @@ def test_the_film_is_as_hard_as_a_real_one(film):
 
 def test_neighbours_are_nearly_the_same(film):
     frames = [frame for frame in truth_of(film) if not frame["defect"]]
-    pairs = [
-        (first, second) for first, second in pairwise(frames) if first["scene"] == second["scene"]
-    ]
+    pairs = [(first, second) for first, second in pairwise(frames) if first["scene"] == second["scene"]]
     assert len(pairs) > 20
     for pair in pairs[:5]:
         images = [Image.open(film / "frames" / f"{frame['frame_id']}.jpg") for frame in pair]

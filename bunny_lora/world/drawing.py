@@ -94,9 +94,7 @@ def ribbon(line: Points, start_width: float, end_width: float | None = None) -> 
     along[0], along[-1] = line[1] - line[0], line[-1] - line[-2]
     along /= np.maximum(np.hypot(along[:, :1], along[:, 1:]), 1e-9)
     side = np.stack([-along[:, 1], along[:, 0]], axis=1)
-    width = (start_width + (end_width - start_width) * np.arange(len(line)) / (len(line) - 1))[
-        :, None
-    ]
+    width = (start_width + (end_width - start_width) * np.arange(len(line)) / (len(line) - 1))[:, None]
     end_cap = line[-1] + end_width * (_CAP @ np.stack([side[-1], along[-1]]))
     start_cap = line[0] - start_width * (_CAP @ np.stack([side[0], along[0]]))
     return np.concatenate([line + width * side, end_cap, (line - width * side)[::-1], start_cap])
@@ -137,9 +135,7 @@ def crescent(x: float, y: float, radius: float) -> Points:
     inner = np.linspace(np.radians(305), np.radians(55), 14)
     arcs = [
         np.stack([x + radius * np.cos(outer), y + radius * np.sin(outer)], axis=1),
-        np.stack(
-            [x + radius * (0.38 + 0.68 * np.cos(inner)), y + 0.78 * radius * np.sin(inner)], 1
-        ),
+        np.stack([x + radius * (0.38 + 0.68 * np.cos(inner)), y + 0.78 * radius * np.sin(inner)], 1),
     ]
     return np.concatenate(arcs)
 

@@ -76,9 +76,7 @@ def write_film(
     if n_frames < 1:
         raise BunnyLoraError(f"A film needs at least one frame, not {n_frames}.")
     if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
-        raise BunnyLoraError(
-            f"{run_dir} exists and is not empty: choose another folder or remove it."
-        )
+        raise BunnyLoraError(f"{run_dir} exists and is not empty: choose another folder or remove it.")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:
@@ -184,9 +182,7 @@ def _dump(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
-def _record(
-    frame_id: str, take: Take, rendering: Rendering, seed: int, index: int
-) -> dict[str, Any]:
+def _record(frame_id: str, take: Take, rendering: Rendering, seed: int, index: int) -> dict[str, Any]:
     rng = generator(seed, "film record", index)
     answer = _answer(take.picture, seed, rng)
     raw = json.dumps(answer)

@@ -89,9 +89,7 @@ def _window(view: View, pen: Pen, x: float) -> None:
 def _bed(view: View, pen: Pen, x: float) -> None:
     pen.paint(
         (
-            smooth(
-                (x - 0.28, 0.66), (x - 0.28, 0.44), (x, 0.38), (x + 0.28, 0.44), (x + 0.28, 0.66)
-            ),
+            smooth((x - 0.28, 0.66), (x - 0.28, 0.44), (x, 0.38), (x + 0.28, 0.44), (x + 0.28, 0.66)),
             (168, 112, 78),
         ),
         shade=0,

@@ -49,9 +49,7 @@ def draw_behind(pen: Pen, outfit: str, colour: Colour, spread: float) -> None:
         )
         pen.paint((cloth, darker(colour, 0.12)))
         for x in (-0.2, 0.2):
-            pen.stroke(
-                curve((x * 0.8, 0.0), (x, 0.1), (x * 1.4, 0.28), 5), 0.008, darker(colour, 0.4)
-            )
+            pen.stroke(curve((x * 0.8, 0.0), (x, 0.1), (x * 1.4, 0.28), 5), 0.008, darker(colour, 0.4))
 
 
 def draw_on_trunk(pen: Pen, outfit: str, colour: Colour, stout: float, *, lying: bool) -> None:
@@ -118,9 +116,7 @@ def _draw_overalls(pen: Pen, colour: Colour, stout: float) -> None:
     straps = [ribbon(polygon((s * 0.085, 0.0), (s * 0.12, -0.12)), 0.022) for s in (-1, 1)]
     pen.paint(*[(strap, colour) for strap in straps], shade=0)
     pen.paint((trousers, colour), (bib, colour), shade=0.08)
-    pen.fill(
-        polygon((-0.055, 0.05), (0.055, 0.05), (0.045, 0.12), (-0.045, 0.12)), darker(colour, 0.2)
-    )
+    pen.fill(polygon((-0.055, 0.05), (0.055, 0.05), (0.045, 0.12), (-0.045, 0.12)), darker(colour, 0.2))
     for side in (-1, 1):
         pen.fill(ellipse(side * 0.08, 0.005, 0.02, 0.02, n=12), (255, 222, 110))
 
@@ -133,13 +129,9 @@ def draw_at_neck(pen: Pen, outfit: str, colour: Colour) -> None:
         pen.stroke(polygon((0.117, 0.072), (0.195, 0.06)), 0.011, lighter(colour, 0.75))
         pen.paint((ribbon(curve((-0.16, -0.11), (0, -0.02), (0.16, -0.11)), 0.05), colour))
         for x in (-0.09, 0.0, 0.09):
-            pen.stroke(
-                polygon((x - 0.008, -0.115), (x + 0.008, -0.035)), 0.012, lighter(colour, 0.75)
-            )
+            pen.stroke(polygon((x - 0.008, -0.115), (x + 0.008, -0.035)), 0.012, lighter(colour, 0.75))
     elif outfit == "cape":
-        pen.paint(
-            (ribbon(curve((-0.14, -0.11), (0, -0.045), (0.14, -0.11)), 0.038), colour), shade=0
-        )
+        pen.paint((ribbon(curve((-0.14, -0.11), (0, -0.045), (0.14, -0.11)), 0.038), colour), shade=0)
         pen.paint((ellipse(0, -0.07, 0.03, 0.03, n=16), (255, 214, 90)), shade=0)
 
 

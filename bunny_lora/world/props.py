@@ -26,9 +26,7 @@ Rng = np.random.Generator
 
 def round_tree(pen: Pen, leaves: Colour, bark: Colour = (132, 88, 62)) -> None:
     """Draw a leafy tree, 0.62 high."""
-    pen.paint(
-        (ribbon(curve((0.01, 0.01), (-0.01, -0.15), (0, -0.3), 4), 0.036, 0.024), bark), shade=0
-    )
+    pen.paint((ribbon(curve((0.01, 0.01), (-0.01, -0.15), (0, -0.3), 4), 0.036, 0.024), bark), shade=0)
     balls = ((-0.1, -0.32, 0.11), (0.11, -0.34, 0.11), (0, -0.48, 0.13), (0, -0.34, 0.12))
     pen.paint(*[(ellipse(x, y, r, r * 0.92, n=22), leaves) for x, y, r in balls], shade=0)
     for x, y, r in balls[:3]:
@@ -97,9 +95,7 @@ def mushroom(pen: Pen) -> None:
         (polygon((-0.018, 0), (0.018, 0), (0.013, -0.06), (-0.013, -0.06)), (250, 238, 216)),
         shade=0,
     )
-    cap = smooth(
-        (-0.06, -0.045), (-0.04, -0.09), (0, -0.11), (0.04, -0.09), (0.06, -0.045), (0, -0.04)
-    )
+    cap = smooth((-0.06, -0.045), (-0.04, -0.09), (0, -0.11), (0.04, -0.09), (0.06, -0.045), (0, -0.04))
     pen.paint((cap, (222, 64, 60)), shade=0.1)
     for x, y in ((-0.025, -0.07), (0.02, -0.085), (0.03, -0.058)):
         pen.fill(ellipse(x, y, 0.011, 0.009, n=10), (255, 250, 240))
@@ -123,9 +119,7 @@ def fence(pen: Pen, length: float) -> None:
     """Draw a white fence from x = 0 to `length`."""
     white = (250, 244, 232)
     for y in (-0.1, -0.05):
-        pen.paint(
-            (polygon((0, y), (length, y), (length, y + 0.018), (0, y + 0.018)), white), shade=0
-        )
+        pen.paint((polygon((0, y), (length, y), (length, y + 0.018), (0, y + 0.018)), white), shade=0)
     for x in np.arange(0.03, length, 0.085):
         post = polygon(
             (x - 0.016, 0.01),
@@ -161,9 +155,7 @@ def cactus(pen: Pen) -> None:
 
 def rock(pen: Pen, colour: Colour) -> None:
     """Draw a boulder, 0.12 high."""
-    shape = smooth(
-        (-0.12, 0.01), (-0.1, -0.07), (-0.02, -0.12), (0.08, -0.09), (0.12, 0.01), (0, 0.02)
-    )
+    shape = smooth((-0.12, 0.01), (-0.1, -0.07), (-0.02, -0.12), (0.08, -0.09), (0.12, 0.01), (0, 0.02))
     pen.paint((shape, colour), shade=0.15)
 
 
@@ -209,12 +201,8 @@ def snowman(pen: Pen) -> None:
     for x, y in ((-0.022, -0.34), (0.022, -0.34), (0, -0.22), (0, -0.18)):
         pen.fill(ellipse(x, y, 0.009, 0.009, n=10), (52, 44, 60))
     pen.fill(polygon((0, -0.33), (0, -0.31), (0.05, -0.316)), (244, 144, 52))
-    pen.fill(
-        polygon((-0.05, -0.372), (0.05, -0.372), (0.05, -0.384), (-0.05, -0.384)), (60, 52, 70)
-    )
-    pen.fill(
-        polygon((-0.032, -0.38), (0.032, -0.38), (0.032, -0.44), (-0.032, -0.44)), (60, 52, 70)
-    )
+    pen.fill(polygon((-0.05, -0.372), (0.05, -0.372), (0.05, -0.384), (-0.05, -0.384)), (60, 52, 70))
+    pen.fill(polygon((-0.032, -0.38), (0.032, -0.38), (0.032, -0.44), (-0.032, -0.44)), (60, 52, 70))
 
 
 def cabin(pen: Pen, *, lamps: bool) -> None:
@@ -265,9 +253,7 @@ def billboard(pen: Pen, colour: Colour) -> None:
             polygon((x - 0.008, 0), (x + 0.008, 0), (x + 0.008, -0.25), (x - 0.008, -0.25)),
             (60, 56, 78),
         )
-    pen.paint(
-        (polygon((-0.17, -0.22), (0.17, -0.22), (0.17, -0.42), (-0.17, -0.42)), colour), shade=0
-    )
+    pen.paint((polygon((-0.17, -0.22), (0.17, -0.22), (0.17, -0.42), (-0.17, -0.42)), colour), shade=0)
     pen.fill(star(0, -0.315, 0.075), lighter(colour, 0.8))
 
 

@@ -59,8 +59,7 @@ class View:
         reach = self.canvas.aspect / 2
         first = 1 if self.rng.random() < 0.5 else -1
         return [
-            float(reach + first * (-1) ** i * reach * self.rng.uniform(0.62, 0.95))
-            for i in range(n)
+            float(reach + first * (-1) ** i * reach * self.rng.uniform(0.62, 0.95)) for i in range(n)
         ]
 
     def has(self, detail: str) -> bool:
