@@ -8,6 +8,7 @@ a dot product is a cosine. Scores of different features are different rulers and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from bunny_lora.seeding import generator
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
+MAX_PAIRS = 1 << 22
 
 
 class Interval(NamedTuple):
@@ -26,6 +28,65 @@ class Interval(NamedTuple):
     low: float | None
     high: float | None
     n: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Images of one model with their scores.
+
+    Attributes:
+        vectors: unit vectors [N, D].
+        own: index [N] of the character that each image should show.
+        scores: for every measure of single images, [N] scores.
+    """
+
+    vectors: torch.Tensor
+    own: torch.Tensor
+    scores: dict[str, torch.Tensor]
+
+    def of(self, character: int) -> Judged:
+        """Return the images of one character alone."""
+        mine = self.own == character
+        scores = {name: values[mine] for name, values in self.scores.items()}
+        return Judged(self.vectors[mine], self.own[mine], scores)
+
+
+def judge(
+    generated: torch.Tensor,
+    own: torch.Tensor,
+    references: Sequence[torch.Tensor],
+    frames: torch.Tensor,
+) -> Judged:
+    """Score generated images one by one.
+
+    Args:
+        generated: unit vectors [N, D].
+        own: index [N] of the character that each image should show.
+        references: for each of K characters, unit vectors [M_k, D] of its training crops.
+        frames: unit vectors [M, D] of all training frames.
+    """
+    likeness = [fidelity(row[None], references[k]) for row, k in zip(generated, own, strict=True)]
+    scores = {
+        "fidelity": torch.cat(likeness),
+        "separation": separation(generated, own, references),
+        "max_copy": max_copy(generated, frames)[0],
+    }
+    return Judged(generated, own, scores)
+
+
+def summarise(judged: Judged, base: Judged | None = None) -> dict[str, Interval | None]:
+    """Return every measure's mean with its interval; with `base`, of the differences judged - base.
+
+    Args:
+        judged: images of one model.
+        base: images of another for the same prompts and seeds, in the same order.
+    """
+    changes = {
+        name: values if base is None else values - base.scores[name]
+        for name, values in judged.scores.items()
+    }
+    pairs = consistency_interval(judged.vectors, judged.own, base.vectors if base else None)
+    return {name: interval(values) for name, values in changes.items()} | {"consistency": pairs}
 
 
 def fidelity(generated: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -85,6 +146,27 @@ def chance_level(n_characters: int) -> float:
     return 1 / n_characters
 
 
+def separation_of_crops(references: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return `separation` of the training crops themselves, each left out of its own centroid.
+
+    What these features can tell apart at best, to read `separation` against. Neighbouring frames of
+    one scene look alike and flatter it. A character with a single crop is left out.
+
+    Args:
+        references: for each of K characters, unit vectors [M_k, D] of its training crops.
+
+    Returns:
+        1 or 0 for every crop, characters in order, [sum of M_k over those with M_k > 1].
+    """
+    scores = []
+    for k, crops in enumerate(references):
+        for i in range(len(crops) if len(crops) > 1 else 0):
+            rest = torch.cat([crops[:i], crops[i + 1 :]])
+            others = [*references[:k], rest, *references[k + 1 :]]
+            scores.append(separation(crops[i : i + 1], torch.tensor([k]), others))
+    return torch.cat(scores) if scores else torch.empty(0)
+
+
 def drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
     """Return how far tuning moved the picture of a prompt that does not name the character.
 
@@ -116,6 +198,17 @@ def max_copy(generated: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tenso
     return best.values, best.indices
 
 
+def nearest_other(frames: torch.Tensor) -> torch.Tensor:
+    """Return each training frame's cosine to the most similar other one, to read `max_copy` against.
+
+    Args:
+        frames: unit vectors [M, D]; of a single frame the result is empty.
+    """
+    if len(frames) < 2:
+        return frames.new_empty(0)
+    return (frames @ frames.T).fill_diagonal_(-torch.inf).max(dim=1).values
+
+
 def bootstrap(
     statistic: Callable[[torch.Tensor], torch.Tensor], n: int, *, seed: int
 ) -> tuple[float, float] | None:
@@ -130,9 +223,10 @@ def bootstrap(
     if n < 3:
         return None
     indices = torch.randint(n, (N_RESAMPLES, n), generator=generator(seed, "bootstrap"))
-    values = statistic(indices)
+    chunks = indices.split(max(1, MAX_PAIRS // n**2))  # statistics of pairs need n² numbers a resample
+    values = torch.cat([statistic(chunk) for chunk in chunks]).double()
     tail = (1 - CONFIDENCE) / 2
-    ends = values[values.isfinite()].double().quantile(torch.tensor([tail, 1 - tail]).double())
+    ends = values[values.isfinite()].quantile(torch.tensor([tail, 1 - tail]).double())
     return float(ends[0]), float(ends[1])
 
 
@@ -146,29 +240,35 @@ def interval(scores: torch.Tensor, *, seed: int = 0) -> Interval | None:
 
 
 def consistency_interval(
-    generated: torch.Tensor, base: torch.Tensor | None = None, *, seed: int = 0
+    generated: torch.Tensor,
+    own: torch.Tensor,
+    base: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
 ) -> Interval | None:
-    """Return the mean `consistency` with its interval; with `base`, generated minus base.
+    """Return the mean cosine over pairs of one character, with its interval; None without a pair.
 
-    Each image is in N-1 pairs, so resampling the scores would make the interval about half as wide
-    as it must be: here images are resampled, and an image paired with itself is left out.
+    Each image is in many pairs, so resampling per-image scores would make the interval about half as
+    wide as it must be: here images are resampled, and an image paired with itself is left out.
 
     Args:
         generated: unit vectors [N, D].
-        base: unit vectors [N, D] for the same prompts and seeds, or None.
+        own: index [N] of the character that each image should show; only images of the same
+            character are compared.
+        base: unit vectors [N, D] for the same prompts and seeds; the measure is then generated minus
+            base.
     """
-    if len(generated) < 2:
+    same = own[:, None] == own[None, :]
+    n_images, n_pairs = len(own), int(same.sum()) - len(own)
+    if n_pairs == 0:
         return None
-    cosines = generated @ generated.T
-    if base is not None:
-        cosines = cosines - base @ base.T
+    cosines = (generated @ generated.T - (0 if base is None else base @ base.T)) * same
 
     def mean_of_pairs(indices: torch.Tensor) -> torch.Tensor:
-        different = indices[:, :, None] != indices[:, None, :]
-        pairs = cosines[indices[:, :, None], indices[:, None, :]]
-        return (pairs * different).sum(dim=(1, 2)) / different.sum(dim=(1, 2))
+        rows, columns = indices[:, :, None], indices[:, None, :]
+        counted = (rows != columns) & same[rows, columns]
+        return (cosines[rows, columns] * counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2))
 
-    n = len(generated)
-    mean = float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
-    low, high = bootstrap(mean_of_pairs, n, seed=seed) or (None, None)
-    return Interval(mean, low, high, n)
+    mean = float((cosines.sum() - cosines.diagonal().sum()) / n_pairs)
+    low, high = bootstrap(mean_of_pairs, n_images, seed=seed) or (None, None)
+    return Interval(mean, low, high, n_images)

@@ -90,21 +90,40 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 <= covered <= 0.98
 
 
+def test_crops_themselves_are_judged_without_themselves():
+    near_y = torch.nn.functional.normalize(torch.tensor([0.1, 1.0]), dim=0)
+    references = [torch.stack([X, near_y]), torch.stack([Y, Y]), DIAGONAL[None]]
+    assert metrics.separation_of_crops(references).tolist() == [0, 0, 1, 1]
+    assert metrics.separation_of_crops([X[None], Y[None]]).shape == (0,)
+    assert metrics.nearest_other(torch.stack([X, Y, DIAGONAL])).tolist() == pytest.approx(
+        [math.sqrt(0.5)] * 3
+    )
+    assert metrics.nearest_other(X[None]).shape == (0,)
+
+
 def test_consistency_interval_has_the_mean_of_consistency():
-    images, base = unit(6), unit(6, seed=9)
-    one = metrics.consistency_interval(images)
+    images, base, alone = unit(6), unit(6, seed=9), torch.zeros(6, dtype=torch.long)
+    one = metrics.consistency_interval(images, alone)
     assert one.mean == pytest.approx(float(metrics.consistency(images).mean()), abs=1e-6)
     assert one.low < one.mean < one.high
-    difference = metrics.consistency_interval(images, base)
+    difference = metrics.consistency_interval(images, alone, base)
     expected = metrics.consistency(images).mean() - metrics.consistency(base).mean()
     assert difference.mean == pytest.approx(float(expected), abs=1e-6)
-    assert metrics.consistency_interval(images, images)[:3] == (0, 0, 0)
-    assert metrics.consistency_interval(images[:1]) is None
+    assert metrics.consistency_interval(images, alone, images)[:3] == (0, 0, 0)
+    assert metrics.consistency_interval(images[:1], alone[:1]) is None
+
+
+def test_consistency_of_several_characters_compares_none_across_them():
+    images, own = unit(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    parts = torch.cat([metrics.consistency(images[:3]), metrics.consistency(images[3:])])
+    both = metrics.consistency_interval(images, own)
+    assert both.mean == pytest.approx(float(parts.mean()), abs=1e-6)
+    assert metrics.consistency_interval(images, torch.arange(6)) is None
 
 
 def test_consistency_interval_covers_the_truth():
     """Pairs share images: intervals of the scores alone would cover far less often than they say."""
-    centre = torch.tensor([1.0, 0, 0, 0, 0])
+    centre, alone = torch.tensor([1.0, 0, 0, 0, 0]), torch.zeros(15, dtype=torch.long)
 
     def draw(seed, n=15):
         noise = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed))
@@ -115,5 +134,5 @@ def test_consistency_interval_covers_the_truth():
     def share_covered(measure):
         return sum(one.low <= truth <= one.high for one in map(measure, range(150))) / 150
 
-    assert share_covered(lambda seed: metrics.consistency_interval(draw(seed))) > 0.85
+    assert share_covered(lambda seed: metrics.consistency_interval(draw(seed), alone)) > 0.85
     assert share_covered(lambda seed: metrics.interval(metrics.consistency(draw(seed)))) < 0.8
