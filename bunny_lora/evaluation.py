@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import adapters, components, inference, metrics, runs
+from bunny_lora import adapters, components, inference, metrics, runs, standins
 from bunny_lora.config import Config, load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.features import Features, crop_around, load_features
@@ -29,6 +29,7 @@ from bunny_lora.progress import progress
 from bunny_lora.seeding import derive_seed
 
 SCHEMA_VERSION = 1
+RANDOM = "random weights, so the pictures and numbers mean nothing"
 SUBJECT = "subject"  # stands for the one character of data that names none
 NEUTRAL = "-"  # stands for nobody
 FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
@@ -114,6 +115,7 @@ def evaluate(
     result = {
         "schema_version": SCHEMA_VERSION,
         "base_model": identity["base_model"],
+        "warning": RANDOM if identity["base_model"] in standins.STANDINS else None,
         "run_info": run_info(run_dir, config) | {"final": identity},
         "settings": settings(config, data),
         **score(run_dir, plan, data, look),
