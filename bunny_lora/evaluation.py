@@ -1,0 +1,444 @@
+"""The judgement of a run: the base model against the LoRA, same prompts, same seeds.
+
+Draws the pictures into `<run>/evaluation/images/` and writes `<run>/evaluation/eval.json`. A picture
+that is already there is kept only if its own metadata names the same weights and settings. What the
+numbers mean is said in `metrics`; on random base weights they mean nothing, which is why eval.json
+carries the base model's name.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from bunny_lora import adapters, components, inference, metrics, runs, standins
+from bunny_lora.config import Config, load_config
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.features import Features, crop_around, load_features
+from bunny_lora.progress import progress
+from bunny_lora.seeding import derive_seed
+
+SCHEMA_VERSION = 1
+RANDOM = "random weights, so the pictures and numbers mean nothing"
+SUBJECT = "subject"  # stands for the one character of data that names none
+NEUTRAL = "-"  # stands for nobody
+FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
+MAX_CROPS = 200  # of one character; more are thinned out evenly
+N_SHOWN_CROPS = 3
+N_GRID_CHARACTERS = 3
+CROP_SIZE_PX = 256  # what features look at is no finer
+CHUNK = 64  # images in memory at a time
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights that draw: "base", "final" or "checkpoint-<step>"."""
+
+    name: str
+    folder: Path | None
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the training data shows: square crops of each character, and all whole frames."""
+
+    crops: dict[str, list[Image.Image]]
+    frames: list[Path]
+
+    @classmethod
+    def load(cls, data_dir: Path, summary: dict[str, Any]) -> Reference:
+        """Read the crops of every character, most frequent first."""
+        named = sorted(summary["characters"], key=lambda name: (-summary["characters"][name], name))
+        shows = {name: images_of(summary["images"], name) for name in named}
+        shows = {name: images for name, images in shows.items() if images}
+        crops = {
+            name: [crop_of(data_dir, image) for image in thinned(images)]
+            for name, images in (shows or {SUBJECT: summary["images"]}).items()
+        }
+        return cls(crops, [data_dir / image["file_name"] for image in summary["images"]])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the protocol."""
+
+    model: str
+    character: str
+    prompt_index: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Where the picture lies below `<run>/evaluation/`."""
+        subject = "no-name" if self.character == NEUTRAL else slug(self.character)
+        return f"images/{self.model}/{subject}-{self.prompt_index}-{self.seed}.png"
+
+
+def evaluate(
+    run_dir: str | Path, *, config: Config | None = None, data_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Judge a run and return what `eval.json` then holds.
+
+    Args:
+        run_dir: the run folder, with `final/`.
+        config: prompts, seeds, sampling and features; None is the run's own. The base model and its
+            precision are always the run's.
+        data_dir: the prepared images the run was trained on; None is the configuration's `data_dir`.
+
+    Raises:
+        BunnyLoraError: no weights, no configuration or no prepared data.
+    """
+    run_dir = runs.resolve(run_dir)
+    config = config or load_config(run_dir / "config.yaml")
+    data_dir = runs.resolve(data_dir or config.data_dir)
+    summary = runs.read_json(data_dir.parent / "data_summary.json")
+    look = load_features(config.evaluation.features, components.resolve_device(config.device).type)
+
+    models = find_models(run_dir, config)
+    data = Reference.load(data_dir, summary)
+    plan = plan_pictures(config, list(data.crops), [model.name for model in models])
+    shown = save_shown_crops(run_dir, data)
+    draw(run_dir, models, plan, config)
+    identity = models[-1].identity
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "base_model": identity["base_model"],
+        "warning": RANDOM if identity["base_model"] in standins.STANDINS else None,
+        "run_info": run_info(run_dir, config) | {"final": identity},
+        "settings": settings(config, data),
+        **score(run_dir, plan, data, look),
+        "training_crops": shown,
+    }
+    runs.write_json(run_dir / "evaluation" / "eval.json", result)
+    return result
+
+
+# ---------------------------------------------------------------------------- the protocol
+
+
+def plan_pictures(config: Config, characters: list[str], models: list[str]) -> list[Picture]:
+    """Return every picture to draw: all prompts for base and final, a small grid for checkpoints.
+
+    The seed depends on prompt and position alone, so models and characters start from the same noise.
+    """
+    plan = []
+    for model in models:
+        if model in ("base", "final"):
+            plan += [p for name in characters for p in pictures_of(config, model, name)]
+            plan += pictures_of(config, model, NEUTRAL)
+        else:
+            plan += [pictures_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
+    return plan
+
+
+def pictures_of(config: Config, model: str, character: str) -> list[Picture]:
+    """Return the pictures of one character, or of nobody for `NEUTRAL`, prompts first."""
+    templates = config.evaluation.prompts
+    class_prompt = config.prior_preservation.class_prompt
+    if character == NEUTRAL:
+        prompts = list(dict.fromkeys(without_name(template, class_prompt) for template in templates))
+    else:
+        name = config.instance_prompt if character == SUBJECT else character
+        prompts = [template.replace("{name}", name) for template in templates]
+    return [
+        Picture(model, character, index, prompt, picture_seed(config.evaluation.seed, index, image))
+        for index, prompt in enumerate(prompts)
+        for image in range(config.evaluation.num_images_per_prompt)
+    ]
+
+
+def picture_seed(seed: int, prompt_index: int, image_index: int) -> int:
+    """Return a 32-bit seed of the evaluation's own, apart from every seed that training uses."""
+    return derive_seed(seed, "evaluation", prompt_index, image_index) >> 31
+
+
+def without_name(template: str, class_prompt: str) -> str:
+    """Return a prompt that names nobody: a leading "{name}, " goes, elsewhere the class stands in."""
+    return re.sub(r"^\{name\}\s*(,\s*|$)", "", template).replace("{name}", class_prompt) or class_prompt
+
+
+def slug(character: str) -> str:
+    """Return a file name part for a character; different names never share one."""
+    plain = re.sub(r"[^a-z0-9_]+", "_", character.lower())[:40]
+    return (
+        plain if plain == character else f"{plain}_{hashlib.sha256(character.encode()).hexdigest()[:6]}"
+    )
+
+
+# ---------------------------------------------------------------------------- models and pictures
+
+
+def find_models(run_dir: Path, config: Config) -> list[Model]:
+    """Return base, every checkpoint by step, and final; a checkpoint equal to final is left out."""
+    final = inference.find_weights(run_dir / "final")
+    device = components.resolve_device(config.device)
+    base_model = inference.recorded_base_model(final)
+    shared = {
+        "base_model": base_model,
+        "base_sha256": base_digest(base_model),
+        "dtype": str(inference.run_dtype(final, device)).removeprefix("torch."),
+        "device": device.type,
+    }
+    folders = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    models = [Model("base", None, shared | {"weights_sha256": None})]
+    last = adapter_digest(final)
+    for folder in sorted(folders, key=lambda path: int(path.name[11:])):
+        if (digest := adapter_digest(folder)) not in (None, last):
+            models.append(Model(folder.name, folder, shared | {"weights_sha256": digest}))
+    return [*models, Model("final", final, shared | {"weights_sha256": last})]
+
+
+def adapter_digest(weights_dir: Path) -> str | None:
+    """Return one digest over the adapters of all parts; None of a folder that is not whole."""
+    try:
+        parts = adapters.adapter_parts(weights_dir).values()
+        for part in parts:
+            adapters.check_adapter(part)
+    except BunnyLoraError:
+        return None
+    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))
+
+
+def base_digest(base_model: str) -> str | None:
+    """Return one digest over a local base model's files; None of a hub's, whose name must serve."""
+    folder = Path(components.resolve_base_model(base_model))
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
+    return runs.sha256(*sorted(files)) if files else None
+
+
+def draw(run_dir: Path, models: list[Model], plan: list[Picture], config: Config) -> None:
+    """Draw what is missing or stale, one model in memory at a time."""
+    evaluation_dir = run_dir / "evaluation"
+    missing = {
+        model.name: [
+            picture
+            for picture in plan
+            if picture.model == model.name
+            and made_by(evaluation_dir / picture.file) != expected(picture, model, config)
+        ]
+        for model in models
+    }
+    total = sum(map(len, missing.values()))
+    with progress(
+        desc="Drawing for the evaluation", total=total, unit="image", disable=not total
+    ) as bar:
+        for model in models:
+            if missing[model.name]:
+                draw_with(model, missing[model.name], evaluation_dir, config, bar)
+                gc.collect()
+
+
+def draw_with(
+    model: Model, pictures: list[Picture], evaluation_dir: Path, config: Config, bar: Any
+) -> None:
+    """Draw pictures with one model; each file tells in its metadata what made it."""
+    identity = model.identity
+    dtype = getattr(torch, identity["dtype"])
+    pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
+    for picture in pictures:
+        started = time.perf_counter()
+        image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
+        made = json.loads(image.info["parameters"]) | identity
+        made["seconds"] = round(time.perf_counter() - started, 3)
+        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
+        inference.save_image(image, evaluation_dir / picture.file)
+        bar.update()
+
+
+def drawing(seed: int, config: Config) -> dict[str, Any]:
+    """Return the arguments of `generate_image`."""
+    size = {"width": config.resolution, "height": config.resolution}
+    return {"seed": seed} | config.sampling.model_dump() | size
+
+
+def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
+    """Return what `made_by` says of an up-to-date picture."""
+    fixed = {"prompt": picture.prompt, "negative_prompt": None, "lora_scale": 1.0}
+    return fixed | drawing(picture.seed, config) | model.identity
+
+
+def made_by(path: Path) -> dict[str, Any] | None:
+    """Return what made a picture, without its time; None of a file that is missing or damaged."""
+    try:
+        made = parameters(path)
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+    return {key: value for key, value in made.items() if key != "seconds"}
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """Return the settings that a PNG carries, after reading all of it."""
+    with Image.open(path) as image:
+        image.load()
+        return json.loads(image.info["parameters"])
+
+
+# ---------------------------------------------------------------------------- training data
+
+
+def images_of(images: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the images with this character alone or, when there are none, all images with it."""
+    alone = [image for image in images if image["characters"] == [name]]
+    return alone or [image for image in images if name in image["characters"]]
+
+
+def thinned(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most `MAX_CROPS` images, evenly spaced."""
+    return images[:: -(-len(images) // MAX_CROPS)] if images else []
+
+
+def crop_of(data_dir: Path, image: dict[str, Any]) -> Image.Image:
+    """Return the square around the largest face, or the middle of a frame without one."""
+    frame = Image.open(data_dir / image["file_name"]).convert("RGB")
+    if image["faces"]:
+        face = max(image["faces"], key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+        frame = crop_around(frame, face, FACE_TO_CROP)
+    return ImageOps.fit(frame, (CROP_SIZE_PX, CROP_SIZE_PX))
+
+
+def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
+    """Keep a few crops of each character in the run, for grids that outlive the training data."""
+    shown = {}
+    for character, crops in data.crops.items():
+        chosen = crops[:: -(-len(crops) // N_SHOWN_CROPS)]
+        names = [f"images/training/{slug(character)}-{index}.png" for index in range(len(chosen))]
+        for crop, name in zip(chosen, names, strict=True):
+            inference.save_image(crop, run_dir / "evaluation" / name)
+        shown[character] = names
+    return shown
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def score(run_dir: Path, plan: list[Picture], data: Reference, look: Features) -> dict[str, Any]:
+    """Return the measures of every model, their differences, drift, and the data's own scores."""
+    characters = list(data.crops)
+    crops = [look(images) for images in data.crops.values()]
+    frames = look_at(look, data.frames)
+    vectors = look_at(look, [run_dir / "evaluation" / picture.file for picture in plan])
+
+    def rows(model: str, neutral: bool) -> list[int]:
+        chosen = [(p.model, p.character == NEUTRAL) == (model, neutral) for p in plan]
+        return [index for index, wanted in enumerate(chosen) if wanted]
+
+    judged, pictures = {}, [asdict(p) | {"file": p.file} for p in plan]
+    for model in dict.fromkeys(picture.model for picture in plan):
+        mine = rows(model, neutral=False)
+        own = torch.tensor([characters.index(plan[index].character) for index in mine])
+        judged[model] = metrics.judge(vectors[mine], own, crops, frames)
+        nearest = metrics.max_copy(vectors[mine], frames)[1]
+        for position, index in enumerate(mine):
+            scores = {name: float(values[position]) for name, values in judged[model].scores.items()}
+            pictures[index] |= rounded(scores) | {"nearest_frame": data.frames[nearest[position]].name}
+    drift = metrics.drift(vectors[rows("base", neutral=True)], vectors[rows("final", neutral=True)])
+    return {
+        "models": {model: table(images, characters) for model, images in judged.items()},
+        "differences": table(judged["final"], characters, judged["base"]),
+        "drift": as_dict(metrics.interval(drift)),
+        "reference": reference_scores(characters, crops, frames),
+        "seconds_per_image": seconds_per_image(run_dir, plan),
+        "pictures": pictures,
+    }
+
+
+def look_at(look: Features, paths: list[Path]) -> torch.Tensor:
+    """Return unit vectors [N, D] of image files, cut to the square that training sees."""
+    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    return torch.cat([look([open_square(path) for path in chunk]) for chunk in chunks])
+
+
+def open_square(path: Path) -> Image.Image:
+    """Return the middle square of an image file."""
+    with Image.open(path) as image:
+        return ImageOps.fit(image.convert("RGB"), (CROP_SIZE_PX, CROP_SIZE_PX))
+
+
+def table(
+    judged: metrics.Judged, characters: list[str], base: metrics.Judged | None = None
+) -> dict[str, Any]:
+    """Return every measure for all images and for each character that has any."""
+    found = {"all": as_dicts(metrics.summarise(judged, base)), "characters": {}}
+    for index, name in enumerate(characters):
+        if len((mine := judged.of(index)).own):
+            summary = metrics.summarise(mine, base.of(index) if base else None)
+            found["characters"][name] = as_dicts(summary)
+    return found
+
+
+def reference_scores(
+    characters: list[str], crops: list[torch.Tensor], frames: torch.Tensor
+) -> dict[str, Any]:
+    """Return what the training data scores itself: what a perfect model could be expected to reach."""
+    alone = torch.zeros(max(map(len, crops)), dtype=torch.long)
+    likeness = [metrics.consistency_interval(rows, alone[: len(rows)]) for rows in crops]
+    return {
+        "likeness_of_crops": {
+            name: as_dict(value) for name, value in zip(characters, likeness, strict=True)
+        },
+        "separation_of_crops": as_dict(metrics.interval(metrics.separation_of_crops(crops))),
+        "nearest_other_frame": as_dict(metrics.interval(metrics.nearest_other(frames))),
+        "chance_level": metrics.chance_level(len(characters)),
+        "n_crops": {name: len(rows) for name, rows in zip(characters, crops, strict=True)},
+        "n_frames": len(frames),
+    }
+
+
+def as_dicts(found: dict[str, metrics.Interval | None]) -> dict[str, Any]:
+    """Return intervals as JSON takes them."""
+    return {name: as_dict(value) for name, value in found.items()}
+
+
+def as_dict(value: metrics.Interval | None) -> dict[str, Any] | None:
+    """Return one interval as JSON takes it."""
+    return None if value is None else rounded(value._asdict())
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Round floats to what float32 arithmetic can promise."""
+    return {key: round(v, 5) if isinstance(v, float) else v for key, v in values.items()}
+
+
+# ---------------------------------------------------------------------------- beside the scores
+
+
+def settings(config: Config, data: Reference) -> dict[str, Any]:
+    """Return what must be equal for two evaluations to be comparable."""
+    return {
+        "features": config.evaluation.features,
+        "characters": list(data.crops),
+        "prompts": config.evaluation.prompts,
+        "neutral_prompts": list(dict.fromkeys(p.prompt for p in pictures_of(config, "base", NEUTRAL))),
+        "num_images_per_prompt": config.evaluation.num_images_per_prompt,
+        "seed": config.evaluation.seed,
+        "resolution": config.resolution,
+        **config.sampling.model_dump(),
+    }
+
+
+def run_info(run_dir: Path, config: Config) -> dict[str, Any]:
+    """Return where the run and this evaluation came from."""
+    provenance = run_dir / "provenance.json"
+    return {
+        "config": config.model_dump(mode="json"),
+        "trained_by": runs.read_json(provenance) if provenance.is_file() else None,
+        "evaluated_by": runs.provenance(),
+    }
+
+
+def seconds_per_image(run_dir: Path, plan: list[Picture]) -> float:
+    """Return the median time of drawing one image, whenever it was drawn."""
+    files = [run_dir / "evaluation" / picture.file for picture in plan]
+    return round(statistics.median(parameters(file)["seconds"] for file in files), 3)

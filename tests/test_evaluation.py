@@ -1,0 +1,219 @@
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from bunny_lora import adapters, components, evaluation, inference, runs
+from bunny_lora.config import load_config
+from bunny_lora.errors import BunnyLoraError
+
+FURS = {"rex": "#cc3333", "ellie": "#3366cc"}
+SETTINGS = {
+    "base_model": "random-tiny",
+    "resolution": 64,
+    "training": {"mixed_precision": "no"},
+    "lora": {"rank": 2, "train_text_encoder": True},
+    "sampling": {"num_inference_steps": 2},
+    "evaluation": {"prompts": ["{name}, waving", "a photo of {name}"], "num_images_per_prompt": 2},
+}
+
+
+def write_adapters(folder, strength):
+    parts = components.load_components("random-tiny", torch.device("cpu"), torch.float32)
+    lora = load_config(overrides=SETTINGS).lora
+    for part in adapters.PARTS:
+        model = getattr(parts, part)
+        handle = adapters.attach(model, part, lora, base_model="random-tiny", seed=1)
+        for parameter in adapters.trainable_parameters(model).values():
+            parameter.data += strength
+        adapters.save_adapter(handle, folder / part)
+
+
+def write_data(root, furs=FURS):
+    folder, images = root / "training_data" / "instance_images", []
+    folder.mkdir(parents=True)
+    for name, fur in furs.items():
+        for index in range(4):
+            image = Image.new("RGB", (96, 72), ["#87ceeb", "#c8e6a0"][index % 2])
+            x = 10 + 12 * index
+            ImageDraw.Draw(image).ellipse([x, 20, x + 36, 56], fill=fur, outline="black")
+            image.save(folder / f"{name}_{index}.png")
+            box = [[x, 20, x + 36, 56]] if index else []
+            known = [] if name == "nobody" else [name]
+            images.append({"file_name": f"{name}_{index}.png", "characters": known, "faces": box})
+    both = images[0] | {"characters": list(furs)}
+    summary = {"characters": {n: 4 for n in furs if n != "nobody"}, "images": [*images, both]}
+    runs.write_json(root / "training_data" / "data_summary.json", summary)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A project with prepared data and a finished run of a tiny random model."""
+    root = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BUNNY_LORA_ROOT", str(root))
+        write_data(root)
+        run = root / "outputs" / "run"
+        runs.write_text(run / "config.yaml", load_config(overrides=SETTINGS).to_yaml())
+        for folder, strength in (("checkpoint-5", 0.05), ("checkpoint-10", 0.1), ("final", 0.1)):
+            write_adapters(run / folder, strength)
+        yield root
+
+
+@pytest.fixture(scope="module")
+def evaluated(root):
+    return evaluation.evaluate(root / "outputs" / "run"), root / "outputs" / "run"
+
+
+@pytest.fixture
+def copy_of_run(evaluated, tmp_path):
+    """The evaluated run, to be changed."""
+    shutil.copytree(evaluated[1], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def times(run):
+    return {path: path.stat().st_mtime_ns for path in sorted(run.glob("evaluation/images/*/*-*-*.png"))}
+
+
+def changed(run, before):
+    after = times(run)
+    return {
+        p.relative_to(run / "evaluation/images").as_posix() for p in after if before.get(p) != after[p]
+    }
+
+
+def test_the_file_holds_the_result_and_says_what_was_judged(evaluated):
+    result, run = evaluated
+    assert json.loads((run / "evaluation" / "eval.json").read_text()) == result
+    assert result["base_model"] == "random-tiny"
+    assert result["settings"]["characters"] == ["ellie", "rex"]
+    assert result["run_info"]["config"]["resolution"] == 64
+    assert list(result["models"]) == ["base", "checkpoint-5", "final"]  # checkpoint-10 equals final
+    assert result["seconds_per_image"] > 0
+    assert result["reference"]["chance_level"] == 0.5
+    assert result["reference"]["n_crops"] == {"ellie": 4, "rex": 4}
+    assert result["reference"]["nearest_other_frame"]["n"] == 9
+
+
+def test_every_measure_of_every_character_is_there_with_its_difference(evaluated):
+    result, _ = evaluated
+    measures = {"fidelity", "consistency", "separation", "max_copy"}
+    for found in (result["models"]["base"], result["models"]["final"], result["differences"]):
+        assert set(found["all"]) == measures and found["all"]["fidelity"]["n"] == 8
+        assert {name: set(row) for name, row in found["characters"].items()} == {
+            "ellie": measures,
+            "rex": measures,
+        }
+    for measure in measures:
+        base, final = (result["models"][m]["characters"]["rex"][measure] for m in ("base", "final"))
+        difference = result["differences"]["characters"]["rex"][measure]
+        assert difference["mean"] == pytest.approx(final["mean"] - base["mean"], abs=3e-5)
+    assert result["drift"]["n"] == 4 and result["drift"]["mean"] > 0
+
+
+def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
+    result, run = evaluated
+    drawn = {"base": [], "final": []}
+    for picture in result["pictures"]:
+        with Image.open(run / "evaluation" / picture["file"]) as image:
+            made = json.loads(image.info["parameters"])
+        assert (made["prompt"], made["seed"]) == (picture["prompt"], picture["seed"])
+        drawn.get(picture["model"], []).append((picture["prompt"], picture["seed"]))
+    assert drawn["base"] == drawn["final"]
+    prompts = {prompt for prompt, _ in drawn["base"]}
+    assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
+    assert len({seed for _, seed in drawn["base"]}) == 4  # one for each prompt and image
+
+
+def test_base_is_the_lora_at_scale_zero(evaluated):
+    result, run = evaluated
+    picture = next(p for p in result["pictures"] if p["model"] == "base")
+    settings = evaluation.drawing(picture["seed"], load_config(run / "config.yaml"))
+    pipe = inference.load_lora_pipeline(lora_weights_dir=run / "final")
+    off = inference.generate_image(pipe, picture["prompt"], lora_scale=0.0, **settings)
+    on = inference.generate_image(pipe, picture["prompt"], **settings)
+    with Image.open(run / "evaluation" / picture["file"]) as base:
+        assert base.convert("RGB").tobytes() == off.tobytes() != on.tobytes()
+
+
+def test_a_second_evaluation_draws_nothing_and_says_the_same(evaluated, monkeypatch):
+    result, run = evaluated
+    before = times(run)
+    monkeypatch.setattr(inference, "load_lora_pipeline", lambda *_: pytest.fail("loaded a model"))
+    assert evaluation.evaluate(run) == result
+    assert not changed(run, before)
+
+
+def test_other_weights_make_their_own_pictures_stale_and_no_others(copy_of_run):
+    before = times(copy_of_run)
+    write_adapters(copy_of_run / "final", 0.2)
+    write_adapters(copy_of_run / "checkpoint-10", 0.2)
+    (copy_of_run / "checkpoint-15" / "unet").mkdir(parents=True)  # no adapter in it: passed over
+    evaluation.evaluate(copy_of_run)
+    assert {name.split("/")[0] for name in changed(copy_of_run, before)} == {"final"}
+    assert len(changed(copy_of_run, before)) == 12
+
+
+def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
+    before = times(copy_of_run)
+    cut, empty = sorted(copy_of_run.glob("evaluation/images/base/rex-*.png"))[:2]
+    cut.write_bytes(cut.read_bytes()[:-200])
+    Image.new("RGB", (64, 64)).save(empty)
+    evaluation.evaluate(copy_of_run)
+    assert changed(copy_of_run, before) == {f"base/{cut.name}", f"base/{empty.name}"}
+
+    config = load_config(copy_of_run / "config.yaml", {"sampling": {"guidance_scale": 3}})
+    before = times(copy_of_run)
+    evaluation.evaluate(copy_of_run, config=config)
+    assert len(changed(copy_of_run, before)) == len(before)
+
+
+def test_frames_that_show_one_character_alone_are_preferred():
+    images = [{"characters": ["rex", "ellie"]}, {"characters": ["rex"]}]
+    assert evaluation.images_of(images, "rex") == images[1:]
+    assert evaluation.images_of(images, "ellie") == images[:1]
+    assert evaluation.images_of(images, "phil") == []
+
+
+def test_data_without_names_has_one_subject(root, tmp_path):
+    write_data(tmp_path, {"nobody": "#cc3333"})
+    shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
+    changes = {"instance_prompt": "a red ball", "evaluation": {"num_images_per_prompt": 1}}
+    config = load_config(root / "outputs" / "run" / "config.yaml", changes)
+    result = evaluation.evaluate(
+        tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
+    )
+    assert result["settings"]["characters"] == [evaluation.SUBJECT]
+    assert result["reference"]["chance_level"] == 1
+    assert "a red ball, waving" in {picture["prompt"] for picture in result["pictures"]}
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{name}, standing", "standing"),
+        ("a photo of {name} in snow", "a photo of toon in snow"),
+        ("{name}", "toon"),
+        ("a forest", "a forest"),
+    ],
+)
+def test_neutral_prompts_name_nobody(template, prompt):
+    assert evaluation.without_name(template, "toon") == prompt
+
+
+def test_file_names_of_characters_are_safe_and_their_own():
+    names = ["rex", "Rex", "a/b", "a_b", "../x", "élise", "名前", "neutral", "x" * 99]
+    slugs = [evaluation.slug(name) for name in names]
+    assert slugs[0] == "rex" and len(set(slugs)) == len(names)
+    assert all(set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") for slug in slugs)
+
+
+def test_a_run_without_weights_or_data_is_refused(copy_of_run, tmp_path):
+    with pytest.raises(BunnyLoraError, match=r"data_summary\.json"):
+        evaluation.evaluate(copy_of_run, data_dir=tmp_path / "nothing" / "here")
+    shutil.rmtree(copy_of_run / "final")
+    with pytest.raises(BunnyLoraError, match="No LoRA adapter"):
+        evaluation.evaluate(copy_of_run)

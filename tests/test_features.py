@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from bunny_lora import features, metrics
+from bunny_lora.errors import BunnyLoraError
+
+SKIES = ["#87ceeb", "#c8e6a0", "#f5deb3", "#dddddd"]
+
+
+def cartoon(fur, sky="#87ceeb", dx=0, size=(96, 96)):
+    """A round face with two eyes and ears, on a flat background."""
+    image = Image.new("RGB", (96, 96), sky)
+    draw = ImageDraw.Draw(image)
+    for x in (32, 54):
+        draw.ellipse([x + dx, 4, x + 10 + dx, 44], fill=fur)
+    draw.ellipse([20 + dx, 24, 76 + dx, 86], fill=fur, outline="black", width=2)
+    for x in (36, 54):
+        draw.ellipse([x + dx, 44, x + 6 + dx, 52], fill="black")
+    return image.resize(size)
+
+
+def test_rows_are_unit_vectors_alone_or_in_company_and_repeatable():
+    images = [cartoon(fur) for fur in ("#cc3333", "#3366cc", "#33aa55")] * 7
+    look = features.load_features("palette")
+    rows = look(images)
+    assert look.name == "palette"
+    assert rows.dtype == torch.float32 and rows.shape[0] == 21
+    assert torch.allclose(rows.norm(dim=1), torch.ones(21), atol=1e-6)
+    assert torch.equal(look(images[20:]), rows[20:])
+    assert torch.equal(features.load_features("palette")(images), rows)
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "#808080", "#777777", "#ff0000", "#0000ff"])
+def test_an_image_without_edges_or_colour_has_a_direction_too(colour):
+    images = [Image.new("RGB", (40, 30), colour), Image.new("L", (1, 1), 119)]
+    rows = features.load_features("palette")(images)
+    assert rows.isfinite().all()
+    assert torch.allclose(rows.norm(dim=1), torch.ones(2), atol=1e-6)
+
+
+def test_characters_of_different_colours_are_told_apart_whatever_the_background():
+    furs = ["#cc3333", "#3366cc", "#e0a020", "#8844aa"]
+    look = features.load_features("palette")
+    crops = [look([cartoon(fur, sky, dx) for sky in SKIES[:2] for dx in (-6, 6)]) for fur in furs]
+    seen = look([cartoon(fur, sky) for fur in furs for sky in SKIES[2:]])
+    own = torch.arange(4).repeat_interleave(2)
+    assert metrics.separation(seen, own, crops).mean() == 1
+
+
+def test_likeness_falls_with_colour_and_hardly_with_a_small_change_of_light():
+    look = features.load_features("palette")
+    red, darker, blue = look([cartoon("#cc3333"), cartoon("#c63030"), cartoon("#3366cc")])
+    assert red @ darker > 0.98
+    assert red @ blue < 0.8
+
+
+def test_lab_agrees_with_published_values():
+    """White, black and the primaries under D65, http://www.brucelindbloom.com, to one decimal."""
+    rgb = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
+    expected = [[100, 0, 0], [0, 0, 0], [53.2, 80.1, 67.2], [87.7, -86.2, 83.2], [32.3, 79.2, -107.9]]
+    assert features.srgb_to_lab(rgb) == pytest.approx(np.array(expected), abs=0.06)
+
+
+def test_histograms_hold_what_they_promise():
+    lab = features.srgb_to_lab(np.random.default_rng(0).random((64, 64, 3)))
+    assert (features.colour_histogram(lab) ** 2).sum() == pytest.approx(1)
+    upright_edge = np.zeros((64, 64))
+    upright_edge[:, 20:] = 100
+    cells = features.edge_histogram(upright_edge).reshape(4, 4, 9)
+    assert cells[:, 1, 0].min() > 1  # a gradient along x has direction 0
+    assert cells[..., 1:8].max() == 0
+
+
+def test_no_images_and_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        features.load_features("palette")([])
+    with pytest.raises(BunnyLoraError, match="choose palette"):
+        features.load_features("pallette")
+    with pytest.raises(BunnyLoraError, match="as CLIP"):
+        features.load_features(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        text_config={**small, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1},
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    return folder
+
+
+def test_clip_gives_the_projected_embedding_of_the_model(tiny_clip):
+    images = [cartoon("#cc3333", size=(120, 80)), cartoon("#3366cc", size=(50, 90))]
+    rows = features.load_features(str(tiny_clip))(images)
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(tiny_clip)(images=images, return_tensors="pt")
+    with torch.inference_mode():
+        seen = model.visual_projection(model.vision_model(pixels["pixel_values"]).pooler_output)
+    assert rows.shape == (2, 12)
+    assert torch.allclose(rows, torch.nn.functional.normalize(seen, dim=1), atol=1e-6)
