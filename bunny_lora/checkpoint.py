@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -76,7 +77,7 @@ def load_checkpoint(
         optimizer.load_state_dict(
             {"state": _by_parameter(moments), "param_groups": saved["param_groups"]}
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BunnyLoraError(f"The checkpoint {folder} cannot be resumed from: {error}") from error
     lr_scheduler.load_state_dict(saved["lr_scheduler"])
     scaler.load_state_dict(saved["scaler"])

@@ -168,7 +168,10 @@ class LoRATrainer:
         self.learner = Learner(self.parts, config, images, class_images)
         self.optimizer = build_optimizer(config, self.trainable())
         self.lr_scheduler = get_scheduler(
-            training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_train_steps
+            training.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=training.lr_warmup_steps,
+            num_training_steps=training.max_train_steps,
         )
         scaled = device.type == "cuda" and dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from bunny_lora.config import Config, merge, validate
@@ -12,6 +13,7 @@ from bunny_lora.config import Config, merge, validate
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before any test imports huggingface_hub, which reads it once.
+torch.set_num_threads(1)  # Toy models only lose by waiting for a second thread.
 
 
 @pytest.fixture

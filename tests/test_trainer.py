@@ -91,10 +91,15 @@ def test_only_the_adapters_change(tiny_model: str, data: Path) -> None:
 def test_it_learns(tiny_model: str, data: Path) -> None:
     trainer = train(
         tiny_model,
-        training={"max_train_steps": 60, "learning_rate": 5e-3, "batch_size": 4, "save_steps": 60},
+        lora={
+            "rank": 8,
+            "alpha": 8,
+            "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv_out"],
+        },
+        training={"max_train_steps": 60, "learning_rate": 1e-2, "batch_size": 4},
     )
     losses = [record["loss"] for record in log_of(trainer)]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
 def test_a_step_is_an_optimiser_step_on_batch_times_accumulation(tiny_model: str, data: Path) -> None:
@@ -294,7 +299,7 @@ def test_the_banner_names_what_a_user_asks_first(
 
 @pytest.mark.parametrize(
     "seconds, words",
-    [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (5400, "1 h 30 min"), (200_000, "2 d 8 h")],
+    [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (5400, "1 h 30 min"), (200_000, "2 d 7 h")],
 )
 def test_durations_read_as_a_person_says_them(seconds: float, words: str) -> None:
     assert banner.duration(seconds) == words

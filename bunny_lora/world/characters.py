@@ -178,10 +178,8 @@ def _draw_mark(pen: Pen, traits: Traits) -> None:
         return
     colour: Colour = palette.CLOTH[traits.mark_colour]
     shapes = {"heart": heart, "star": star, "moon": crescent, "bolt": bolt}
-    if traits.mark == "spot":
-        shape = ellipse(0, 0, 0.075, 0.075)
-    else:
-        shape = shapes[traits.mark](0, 0, 0.092)
+    spot = traits.mark == "spot"
+    shape = ellipse(0, 0, 0.075, 0.075) if spot else shapes[traits.mark](0, 0, 0.092)
     flip = np.sign(np.linalg.det(pen.matrix))  # a mark reads the same from both sides
     pen.paint((shape * (flip, 1), colour), shade=0)
 
