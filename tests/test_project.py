@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bunny_lora.config import load_config
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bunny_lora"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports what stands below it, or its neighbours where that makes no circle.
@@ -170,6 +173,16 @@ def test_notebooks_are_short_calls_between_prose(path):
         assert not [node for node in ast.walk(ast.parse(python)) if isinstance(node, definitions)]
     tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
     assert tags.count("parameters") == 1
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
+def test_a_params_file_is_valid_and_keeps_to_relative_paths(path):
+    config = load_config(path)
+    places = [config.output_dir, config.data_dir, config.prior_preservation.class_data_dir]
+    assert not [place for place in places if Path(place).is_absolute()]
 
 
 # Traces of one machine
