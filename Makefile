@@ -77,10 +77,11 @@ clean: ## Remove what the demo, the tests and the tools left; never your own out
 
 # The stamp comes last, so an interrupted installation is taken up again by the next command.
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "bunny_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not one." \
-	         "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version &> /dev/null || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	        echo "bunny_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not one." \
+	             "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }; \
+	    $(PYTHON) -m venv --clear $(VENV); }
 	$(PIP) install --requirement requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
