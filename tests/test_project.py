@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bunny_lora.config import load_config
+from bunny_lora.config import known_keys, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bunny_lora"
@@ -175,7 +175,26 @@ def test_notebooks_are_short_calls_between_prose(path):
     assert tags.count("parameters") == 1
 
 
+def test_make_runs_every_notebook_in_its_order():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    names = re.search(r"^NOTEBOOKS := (.*)$", makefile, re.MULTILINE)
+    assert names
+    assert names[1].split() == [path.stem for path in NOTEBOOKS]
+
+
 # Configuration
+
+
+def test_every_key_of_the_configuration_is_read_somewhere():
+    read = {
+        node.attr
+        for path in MODULES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute)
+    }
+    allows_one_word_only = {"method"}
+    dead = {key for key in known_keys() if key.split(".")[-1] not in read | allows_one_word_only}
+    assert not dead
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.name)
