@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports what stands below it, or its neighbours where that makes no circle.
 LAYERS = {
     "ground": {"errors", "config", "runs", "seeding", "progress"},
-    "data": {"stage4", "dataset"},
+    "data": {"captions", "images", "stage4", "data_summary", "dataset"},
     "model": {"standins", "components", "adapters", "formats", "diffusion"},
     "training": {
         *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
@@ -148,7 +148,8 @@ def test_the_ground_layer_loads_without_torch():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_and_functions_are_short_enough_to_read_in_one_sitting(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert n_lines <= MAX_MODULE_LINES
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     lengths = {
         node.name: node.end_lineno - node.lineno + 1
