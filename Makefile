@@ -1,6 +1,9 @@
 # Two commands on a bare machine with Python 3.11+, pip and make: `make demo` and `make test`.
 # PYTHON chooses the interpreter that .venv is made with: make demo PYTHON=python3.12
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,6 +20,9 @@ DEMO_RUN := $(DEMO)/lora_weights
 help: ## Say what each command does
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
+# What the cells print goes to the console as they run, without what ipykernel says about its ports and
+# its end.
+demo: export BUNNY_LORA_PROGRESS := lines
 demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, headless
 	@rm -rf $(DEMO_RUN) $(DEMO)/training_data
 	@mkdir -p $(DEMO_RUN)/notebooks
@@ -25,7 +31,7 @@ demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, hea
 	    $(BIN)/papermill notebooks/$$name.ipynb $(DEMO_RUN)/notebooks/$$name.ipynb \
 	        -p config_path params/demo.yaml --kernel python3 --cwd . \
 	        --no-progress-bar --log-level ERROR --stdout-file /dev/stdout --stderr-file /dev/stderr \
-	        || exit 1; \
+	        2>&1 | { grep --line-buffered -v '^\[IPKernelApp\]' || true; }; \
 	done
 	@echo
 	@echo "The demo is done. Look at"
@@ -52,7 +58,7 @@ lab: $(INSTALLED) ## Open the notebooks in JupyterLab
 
 # One throwaway environment resolves everything at once; what it ends with is the lock.
 lock: ## Resolve pyproject.toml anew into requirements.lock
-	@set -e; venv=$$(mktemp -d); trap 'rm -rf "$$venv"' EXIT; \
+	@venv=$$(mktemp -d); trap 'rm -rf "$$venv"' EXIT; \
 	$(PYTHON) -m venv "$$venv"; \
 	"$$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77"; \
 	"$$venv/bin/python" -m pip install --no-build-isolation --editable . --group dev; \
@@ -71,10 +77,11 @@ clean: ## Remove what the demo, the tests and the tools left; never your own out
 
 # The stamp comes last, so an interrupted installation is taken up again by the next command.
 $(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "bunny_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not one." \
-	         "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version &> /dev/null || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	        echo "bunny_lora needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not one." \
+	             "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }; \
+	    $(PYTHON) -m venv --clear $(VENV); }
 	$(PIP) install --requirement requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

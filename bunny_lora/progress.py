@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -38,11 +39,14 @@ def progress(
 ) -> tqdm:
     """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times in a log.
 
+    Under papermill nobody watches the notebook: with BUNNY_LORA_PROGRESS=lines it gets lines as well,
+    which papermill can pass on while the cell runs.
+
     `smoothing=0` averages over all steps, because the last few seconds predict a run with pauses
     for samples and checkpoints badly.
     """
     kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
-    if in_notebook():
+    if in_notebook() and os.environ.get("BUNNY_LORA_PROGRESS") != "lines":
         return tqdm_notebook(iterable, **kw)
     if sys.stderr.isatty():
         return tqdm(iterable, **kw)

@@ -65,9 +65,17 @@ def test_the_callers_settings_win():
 
 def test_a_notebook_gets_a_widget(monkeypatch):
     monkeypatch.setattr(module, "in_notebook", lambda: True)
+    monkeypatch.delenv("BUNNY_LORA_PROGRESS", raising=False)
     bar = progress(range(3), desc="Training", display=False)
     assert hasattr(bar, "container")
     assert list(bar) == [0, 1, 2]
+
+
+def test_a_notebook_that_nobody_watches_gets_lines_if_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
+    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "lines")
+    assert list(progress(range(3), desc="Training")) == [0, 1, 2]
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_plain_python_is_no_notebook():
