@@ -43,6 +43,7 @@ NOT_DATA = ("Thumbs.db", "desktop.ini")  # Left by file browsers; so is everythi
 __all__ = [
     "ImageDataset",
     "data_sha256",
+    "known_images",
     "load_summary",
     "name_first",
     "prepare",
@@ -259,6 +260,18 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale / 8) * 8) for side in image.size)
         return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def known_images(data_dir: Path) -> list[dict[str, Any]]:
+    """Return the summary's entry for each picture; for a folder that nobody prepared, names alone.
+
+    Raises:
+        BunnyLoraError: as `ImageDataset`.
+    """
+    if summary := load_summary(data_dir):
+        return summary["images"]
+    rows = _read_rows(runs.resolve(data_dir), "-")
+    return [{"file_name": file_name, "characters": [], "faces": []} for file_name, _ in rows]
 
 
 def data_sha256(data_dir: Path) -> str:

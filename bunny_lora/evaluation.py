@@ -14,6 +14,7 @@ import json
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps
 
 from bunny_lora import adapters, components, inference, metrics, runs, standins
 from bunny_lora.config import Config, load_config
+from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.features import Features, crop_around, load_features
 from bunny_lora.progress import progress
@@ -57,16 +59,17 @@ class Reference:
     frames: list[Path]
 
     @classmethod
-    def load(cls, data_dir: Path, summary: dict[str, Any]) -> Reference:
+    def load(cls, data_dir: Path) -> Reference:
         """Read the crops of every character, most frequent first."""
-        named = sorted(summary["characters"], key=lambda name: (-summary["characters"][name], name))
-        shows = {name: images_of(summary["images"], name) for name in named}
-        shows = {name: images for name, images in shows.items() if images}
+        all_images = known_images(data_dir)
+        counts = Counter(name for image in all_images for name in image["characters"])
+        named = sorted(counts, key=lambda name: (-counts[name], name))
+        shows = {name: images_of(all_images, name) for name in named}
         crops = {
             name: [crop_of(data_dir, image) for image in thinned(images)]
-            for name, images in (shows or {SUBJECT: summary["images"]}).items()
+            for name, images in (shows or {SUBJECT: all_images}).items()
         }
-        return cls(crops, [data_dir / image["file_name"] for image in summary["images"]])
+        return cls(crops, [data_dir / image["file_name"] for image in all_images])
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,10 @@ def evaluate(
     run_dir = runs.resolve(run_dir)
     config = config or load_config(run_dir / "config.yaml")
     data_dir = runs.resolve(data_dir or config.data_dir)
-    summary = runs.read_json(data_dir.parent / "data_summary.json")
     look = load_features(config.evaluation.features, components.resolve_device(config.device).type)
 
     models = find_models(run_dir, config)
-    data = Reference.load(data_dir, summary)
+    data = Reference.load(data_dir)
     plan = plan_pictures(config, list(data.crops), [model.name for model in models])
     shown = save_shown_crops(run_dir, data)
     draw(run_dir, models, plan, config)

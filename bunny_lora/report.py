@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from bunny_lora import runs
 from bunny_lora.config import load_config
+from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 
 # Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
@@ -121,9 +122,7 @@ def contact_sheet(data_dir: Path, n: int = 12, columns: int = 4) -> Figure:
     """Show `n` training frames, evenly spaced, with face boxes and the first words of the caption."""
     lines = (data_dir / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     captions = {item["file_name"]: item["text"] for item in map(json.loads, lines)}
-    images = {
-        i["file_name"]: i for i in runs.read_json(data_dir.parent / "data_summary.json")["images"]
-    }
+    images = {i["file_name"]: i for i in known_images(data_dir)}
     names = list(captions)
     chosen = spread(names, n)
     cell, caption_in = (WIDTH_IN - 0.24) / columns - GAP_IN, 0.42
