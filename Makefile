@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test lint lab lock clean
+.PHONY: help demo test notebooks lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -47,6 +47,17 @@ test: lint ## Lint, types, fast tests, and the notebooks at smoke size
 	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	    $(NOTEBOOKS:%=notebooks/%.ipynb)
 	@echo "All passed: lint, format, types, tests, notebooks $(NOTEBOOKS)."
+
+# What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
+NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace
+notebooks: export BUNNY_LORA_PARAMS := params/smoke.yaml
+notebooks: $(INSTALLED) ## Execute the notebooks anew and keep the outputs that the tests compare
+	@rm -rf outputs/smoke
+	$(BIN)/$(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS:%=notebooks/%.ipynb)
+	$(BIN)/$(NBCONVERT) --TagRemovePreprocessor.enabled=True \
+	    --TagRemovePreprocessor.remove_all_outputs_tags=strip-output $(NOTEBOOKS:%=notebooks/%.ipynb)
+	$(BIN)/ruff format notebooks
 
 lint: $(INSTALLED) ## Lint, format check and types alone
 	$(BIN)/ruff check .

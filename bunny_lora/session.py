@@ -70,13 +70,13 @@ def _choose(config_path: str | Path | None, finetuning: object) -> tuple[Path | 
 
 
 def write_demo_film() -> None:
-    """Write the demo's own stage-4 run if it is not there yet."""
+    """Write the demo's own stage-4 run if it is not there yet, and say where it is."""
     from bunny_lora.world.film import write_film
 
     folder = runs.demo_film_dir()
     if not folder.is_dir():
-        print(f"Drawing the demo's film in {runs.relative(folder)}")
         write_film(folder)
+    print(f"The demo's film: {runs.relative(folder)}")
 
 
 def reject_unknown_parameters() -> None:
