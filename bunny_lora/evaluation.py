@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 RANDOM = "random weights, so the pictures and numbers mean nothing"
 FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
 MAX_CROPS = 200  # of one character; more are thinned out evenly
-N_SHOWN_CROPS = 3
+N_SHOWN_CROPS = 4
 CROP_SIZE_PX = 256  # what features look at is no finer
 CHUNK = 64  # images in memory at a time
 
@@ -95,9 +95,14 @@ def evaluate(
 
 
 def images_of(images: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return the images with this character alone or, when there are none, all images with it."""
-    alone = [image for image in images if image["characters"] == [name]]
-    return alone or [image for image in images if name in image["characters"]]
+    """Return the images that show this character most surely.
+
+    That is alone, with no second face that might be a passer-by's; where there are none of these, named
+    alone; where there are none either, named among others.
+    """
+    named = [image for image in images if name in image["characters"]]
+    alone = [image for image in named if len(image["characters"]) == 1]
+    return [image for image in alone if len(image["faces"]) < 2] or alone or named
 
 
 def thinned(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
