@@ -29,7 +29,7 @@ LAYERS = {
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),
-        *("report", "widgets"),
+        *("figures", "scores", "grids", "report", "widgets"),
     },
     "entry": {"session", "cli", "__main__"},
 }
