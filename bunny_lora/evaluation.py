@@ -1,19 +1,13 @@
 """The judgement of a run: the base model against the LoRA, same prompts, same seeds.
 
-Draws the pictures into `<run>/evaluation/images/` and writes `<run>/evaluation/eval.json`. A picture
-that is already there is kept only if its own metadata names the same weights and settings. What the
-numbers mean is said in `metrics`; on random base weights they mean nothing, which is why eval.json
-carries the base model's name.
+Has the pictures of `protocol` drawn into `<run>/evaluation/images/`, compares them with the training
+data and writes `<run>/evaluation/eval.json`. What the numbers mean is said in `metrics`; on random base
+weights they mean nothing, which is why eval.json carries the base model's name.
 """
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
-import re
 import statistics
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,33 +16,20 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import adapters, components, inference, metrics, runs, standins
+from bunny_lora import components, inference, metrics, protocol, runs, standins
 from bunny_lora.config import Config, load_config
 from bunny_lora.dataset import known_images
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.features import Features, crop_around, load_features
-from bunny_lora.progress import progress
-from bunny_lora.seeding import derive_seed
+from bunny_lora.images import open_rgb
+from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
 
 SCHEMA_VERSION = 1
 RANDOM = "random weights, so the pictures and numbers mean nothing"
-SUBJECT = "subject"  # stands for the one character of data that names none
-NEUTRAL = "-"  # stands for nobody
 FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
 MAX_CROPS = 200  # of one character; more are thinned out evenly
-N_SHOWN_CROPS = 3
-N_GRID_CHARACTERS = 3
+N_SHOWN_CROPS = 4
 CROP_SIZE_PX = 256  # what features look at is no finer
 CHUNK = 64  # images in memory at a time
-
-
-@dataclass(frozen=True)
-class Model:
-    """Weights that draw: "base", "final" or "checkpoint-<step>"."""
-
-    name: str
-    folder: Path | None
-    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,23 +53,6 @@ class Reference:
         return cls(crops, [data_dir / image["file_name"] for image in all_images])
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One image of the protocol."""
-
-    model: str
-    character: str
-    prompt_index: int
-    prompt: str
-    seed: int
-
-    @property
-    def file(self) -> str:
-        """Where the picture lies below `<run>/evaluation/`."""
-        subject = "no-name" if self.character == NEUTRAL else slug(self.character)
-        return f"images/{self.model}/{subject}-{self.prompt_index}-{self.seed}.png"
-
-
 def evaluate(
     run_dir: str | Path, *, config: Config | None = None, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
@@ -108,11 +72,11 @@ def evaluate(
     data_dir = runs.resolve(data_dir or config.data_dir)
     look = load_features(config.evaluation.features, components.resolve_device(config.device).type)
 
-    models = find_models(run_dir, config)
+    models = protocol.find_models(run_dir, config)
     data = Reference.load(data_dir)
-    plan = plan_pictures(config, list(data.crops), [model.name for model in models])
+    plan = protocol.plan_pictures(config, list(data.crops), [model.name for model in models])
     shown = save_shown_crops(run_dir, data)
-    draw(run_dir, models, plan, config)
+    protocol.draw(run_dir, models, plan, config)
     identity = models[-1].identity
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -127,173 +91,18 @@ def evaluate(
     return result
 
 
-# ---------------------------------------------------------------------------- the protocol
-
-
-def plan_pictures(config: Config, characters: list[str], models: list[str]) -> list[Picture]:
-    """Return every picture to draw: all prompts for base and final, a small grid for checkpoints.
-
-    The seed depends on prompt and position alone, so models and characters start from the same noise.
-    """
-    plan = []
-    for model in models:
-        if model in ("base", "final"):
-            plan += [p for name in characters for p in pictures_of(config, model, name)]
-            plan += pictures_of(config, model, NEUTRAL)
-        else:
-            plan += [pictures_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
-    return plan
-
-
-def pictures_of(config: Config, model: str, character: str) -> list[Picture]:
-    """Return the pictures of one character, or of nobody for `NEUTRAL`, prompts first."""
-    templates = config.evaluation.prompts
-    class_prompt = config.prior_preservation.class_prompt
-    if character == NEUTRAL:
-        prompts = list(dict.fromkeys(without_name(template, class_prompt) for template in templates))
-    else:
-        name = config.instance_prompt if character == SUBJECT else character
-        prompts = [template.replace("{name}", name) for template in templates]
-    return [
-        Picture(model, character, index, prompt, picture_seed(config.evaluation.seed, index, image))
-        for index, prompt in enumerate(prompts)
-        for image in range(config.evaluation.num_images_per_prompt)
-    ]
-
-
-def picture_seed(seed: int, prompt_index: int, image_index: int) -> int:
-    """Return a 32-bit seed of the evaluation's own, apart from every seed that training uses."""
-    return derive_seed(seed, "evaluation", prompt_index, image_index) >> 31
-
-
-def without_name(template: str, class_prompt: str) -> str:
-    """Return a prompt that names nobody: a leading "{name}, " goes, elsewhere the class stands in."""
-    return re.sub(r"^\{name\}\s*(,\s*|$)", "", template).replace("{name}", class_prompt) or class_prompt
-
-
-def slug(character: str) -> str:
-    """Return a file name part for a character; different names never share one."""
-    plain = re.sub(r"[^a-z0-9_]+", "_", character.lower())[:40]
-    return (
-        plain if plain == character else f"{plain}_{hashlib.sha256(character.encode()).hexdigest()[:6]}"
-    )
-
-
-# ---------------------------------------------------------------------------- models and pictures
-
-
-def find_models(run_dir: Path, config: Config) -> list[Model]:
-    """Return base, every checkpoint by step, and final; a checkpoint equal to final is left out."""
-    final = inference.find_weights(run_dir / "final")
-    device = components.resolve_device(config.device)
-    base_model = inference.recorded_base_model(final)
-    shared = {
-        "base_model": base_model,
-        "base_sha256": base_digest(base_model),
-        "dtype": str(inference.run_dtype(final, device)).removeprefix("torch."),
-        "device": device.type,
-    }
-    folders = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    models = [Model("base", None, shared | {"weights_sha256": None})]
-    last = adapter_digest(final)
-    for folder in sorted(folders, key=lambda path: int(path.name[11:])):
-        if (digest := adapter_digest(folder)) not in (None, last):
-            models.append(Model(folder.name, folder, shared | {"weights_sha256": digest}))
-    return [*models, Model("final", final, shared | {"weights_sha256": last})]
-
-
-def adapter_digest(weights_dir: Path) -> str | None:
-    """Return one digest over the adapters of all parts; None of a folder that is not whole."""
-    try:
-        parts = adapters.adapter_parts(weights_dir).values()
-        for part in parts:
-            adapters.check_adapter(part)
-    except BunnyLoraError:
-        return None
-    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))
-
-
-def base_digest(base_model: str) -> str | None:
-    """Return one digest over a local base model's files; None of a hub's, whose name must serve."""
-    folder = Path(components.resolve_base_model(base_model))
-    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
-    return runs.sha256(*sorted(files)) if files else None
-
-
-def draw(run_dir: Path, models: list[Model], plan: list[Picture], config: Config) -> None:
-    """Draw what is missing or stale, one model in memory at a time."""
-    evaluation_dir = run_dir / "evaluation"
-    missing = {
-        model.name: [
-            picture
-            for picture in plan
-            if picture.model == model.name
-            and made_by(evaluation_dir / picture.file) != expected(picture, model, config)
-        ]
-        for model in models
-    }
-    total = sum(map(len, missing.values()))
-    with progress(
-        desc="Drawing for the evaluation", total=total, unit="image", disable=not total
-    ) as bar:
-        for model in models:
-            if missing[model.name]:
-                draw_with(model, missing[model.name], evaluation_dir, config, bar)
-                gc.collect()
-
-
-def draw_with(
-    model: Model, pictures: list[Picture], evaluation_dir: Path, config: Config, bar: Any
-) -> None:
-    """Draw pictures with one model; each file tells in its metadata what made it."""
-    identity = model.identity
-    dtype = getattr(torch, identity["dtype"])
-    pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
-    for picture in pictures:
-        started = time.perf_counter()
-        image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
-        made = json.loads(image.info["parameters"]) | identity
-        made["seconds"] = round(time.perf_counter() - started, 3)
-        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
-        inference.save_image(image, evaluation_dir / picture.file)
-        bar.update()
-
-
-def drawing(seed: int, config: Config) -> dict[str, Any]:
-    """Return the arguments of `generate_image`."""
-    size = {"width": config.resolution, "height": config.resolution}
-    return {"seed": seed} | config.sampling.model_dump() | size
-
-
-def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
-    """Return what `made_by` says of an up-to-date picture."""
-    fixed = {"prompt": picture.prompt, "negative_prompt": None, "lora_scale": 1.0}
-    return fixed | drawing(picture.seed, config) | model.identity
-
-
-def made_by(path: Path) -> dict[str, Any] | None:
-    """Return what made a picture, without its time; None of a file that is missing or damaged."""
-    try:
-        made = parameters(path)
-    except (OSError, KeyError, ValueError, SyntaxError):
-        return None
-    return {key: value for key, value in made.items() if key != "seconds"}
-
-
-def parameters(path: Path) -> dict[str, Any]:
-    """Return the settings that a PNG carries, after reading all of it."""
-    with Image.open(path) as image:
-        image.load()
-        return json.loads(image.info["parameters"])
-
-
 # ---------------------------------------------------------------------------- training data
 
 
 def images_of(images: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return the images with this character alone or, when there are none, all images with it."""
-    alone = [image for image in images if image["characters"] == [name]]
-    return alone or [image for image in images if name in image["characters"]]
+    """Return the images that show this character most surely.
+
+    That is alone, with no second face that might be a passer-by's; where there are none of these, named
+    alone; where there are none either, named among others.
+    """
+    named = [image for image in images if name in image["characters"]]
+    alone = [image for image in named if len(image["characters"]) == 1]
+    return [image for image in alone if len(image["faces"]) < 2] or alone or named
 
 
 def thinned(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -303,7 +112,7 @@ def thinned(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def crop_of(data_dir: Path, image: dict[str, Any]) -> Image.Image:
     """Return the square around the largest face, or the middle of a frame without one."""
-    frame = Image.open(data_dir / image["file_name"]).convert("RGB")
+    frame = open_rgb(data_dir / image["file_name"])
     if image["faces"]:
         face = max(image["faces"], key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         frame = crop_around(frame, face, FACE_TO_CROP)
@@ -315,7 +124,9 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
     shown = {}
     for character, crops in data.crops.items():
         chosen = crops[:: -(-len(crops) // N_SHOWN_CROPS)]
-        names = [f"images/training/{slug(character)}-{index}.png" for index in range(len(chosen))]
+        names = [
+            f"images/training/{protocol.slug(character)}-{index}.png" for index in range(len(chosen))
+        ]
         for crop, name in zip(chosen, names, strict=True):
             inference.save_image(crop, run_dir / "evaluation" / name)
         shown[character] = names
@@ -364,8 +175,7 @@ def look_at(look: Features, paths: list[Path]) -> torch.Tensor:
 
 def open_square(path: Path) -> Image.Image:
     """Return the middle square of an image file."""
-    with Image.open(path) as image:
-        return ImageOps.fit(image.convert("RGB"), (CROP_SIZE_PX, CROP_SIZE_PX))
+    return ImageOps.fit(open_rgb(path), (CROP_SIZE_PX, CROP_SIZE_PX))
 
 
 def table(
@@ -422,7 +232,9 @@ def settings(config: Config, data: Reference) -> dict[str, Any]:
         "features": config.evaluation.features,
         "characters": list(data.crops),
         "prompts": config.evaluation.prompts,
-        "neutral_prompts": list(dict.fromkeys(p.prompt for p in pictures_of(config, "base", NEUTRAL))),
+        "neutral_prompts": list(
+            dict.fromkeys(p.prompt for p in protocol.pictures_of(config, "base", NEUTRAL))
+        ),
         "num_images_per_prompt": config.evaluation.num_images_per_prompt,
         "seed": config.evaluation.seed,
         "resolution": config.resolution,
@@ -443,4 +255,4 @@ def run_info(run_dir: Path, config: Config) -> dict[str, Any]:
 def seconds_per_image(run_dir: Path, plan: list[Picture]) -> float:
     """Return the median time of drawing one image, whenever it was drawn."""
     files = [run_dir / "evaluation" / picture.file for picture in plan]
-    return round(statistics.median(parameters(file)["seconds"] for file in files), 3)
+    return round(statistics.median(protocol.parameters(file)["seconds"] for file in files), 3)

@@ -1,13 +1,16 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import draw_frames
 from PIL import Image, ImageDraw
 
-from bunny_lora import adapters, components, evaluation, inference, runs
+from bunny_lora import adapters, components, dataset, evaluation, inference, protocol, runs
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.stage4 import Frame, Source
 
 FURS = {"rex": "#cc3333", "ellie": "#3366cc"}
 SETTINGS = {
@@ -32,20 +35,24 @@ def write_adapters(folder, strength):
 
 
 def write_data(root, furs=FURS):
-    folder, images = root / "training_data" / "instance_images", []
-    folder.mkdir(parents=True)
+    frames = []
     for name, fur in furs.items():
         for index in range(4):
+            x, box = 10 + 12 * index, ()
             image = Image.new("RGB", (96, 72), ["#87ceeb", "#c8e6a0"][index % 2])
-            x = 10 + 12 * index
             ImageDraw.Draw(image).ellipse([x, 20, x + 36, 56], fill=fur, outline="black")
-            image.save(folder / f"{name}_{index}.png")
-            box = [[x, 20, x + 36, 56]] if index else []
-            known = [] if name == "nobody" else [name]
-            images.append({"file_name": f"{name}_{index}.png", "characters": known, "faces": box})
-    both = images[0] | {"characters": list(furs)}
-    summary = {"characters": {n: 4 for n in furs if n != "nobody"}, "images": [*images, both]}
-    runs.write_json(root / "training_data" / "data_summary.json", summary)
+            path = root / "film" / f"{name}_{index}.png"
+            inference.save_image(image, path)
+            if index:
+                box = ((x, 20, x + 36, 56),)
+            known = () if name == "nobody" else (name,)
+            frames.append(Frame(path.stem, path, "a caption", known, 0.9, False, box, image.size))
+    both = root / "film" / "both.png"
+    shutil.copy(frames[0].path, both)
+    known = tuple(name for name in furs if name != "nobody")
+    frames.append(replace(frames[0], frame_id="both", path=both, characters=known))
+    source = Source(root / "film", "stage-4", frames, [], "digest")
+    dataset.prepare(source, root / "training_data" / "instance_images")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +138,7 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
 def test_base_is_the_lora_at_scale_zero(evaluated):
     result, run = evaluated
     picture = next(p for p in result["pictures"] if p["model"] == "base")
-    settings = evaluation.drawing(picture["seed"], load_config(run / "config.yaml"))
+    settings = protocol.drawing(picture["seed"], load_config(run / "config.yaml"))
     pipe = inference.load_lora_pipeline(lora_weights_dir=run / "final")
     off = inference.generate_image(pipe, picture["prompt"], lora_scale=0.0, **settings)
     on = inference.generate_image(pipe, picture["prompt"], **settings)
@@ -172,8 +179,12 @@ def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
 
 
 def test_frames_that_show_one_character_alone_are_preferred():
-    images = [{"characters": ["rex", "ellie"]}, {"characters": ["rex"]}]
-    assert evaluation.images_of(images, "rex") == images[1:]
+    images = [
+        {"characters": characters, "faces": [[0, 0, 9, 9]] * n_faces}
+        for characters, n_faces in ((["rex", "ellie"], 1), (["rex"], 2), (["rex"], 1), (["rex"], 0))
+    ]
+    assert evaluation.images_of(images, "rex") == images[2:]  # a second face may be a passer-by's
+    assert evaluation.images_of(images[:2], "rex") == images[1:2]
     assert evaluation.images_of(images, "ellie") == images[:1]
     assert evaluation.images_of(images, "phil") == []
 
@@ -186,33 +197,32 @@ def test_data_without_names_has_one_subject(root, tmp_path):
     result = evaluation.evaluate(
         tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
     )
-    assert result["settings"]["characters"] == [evaluation.SUBJECT]
+    assert result["settings"]["characters"] == [protocol.SUBJECT]
     assert result["reference"]["chance_level"] == 1
     assert "a red ball, waving" in {picture["prompt"] for picture in result["pictures"]}
 
 
-@pytest.mark.parametrize(
-    ("template", "prompt"),
-    [
-        ("{name}, standing", "standing"),
-        ("a photo of {name} in snow", "a photo of toon in snow"),
-        ("{name}", "toon"),
-        ("a forest", "a forest"),
-    ],
-)
-def test_neutral_prompts_name_nobody(template, prompt):
-    assert evaluation.without_name(template, "toon") == prompt
-
-
-def test_file_names_of_characters_are_safe_and_their_own():
-    names = ["rex", "Rex", "a/b", "a_b", "../x", "élise", "名前", "neutral", "x" * 99]
-    slugs = [evaluation.slug(name) for name in names]
-    assert slugs[0] == "rex" and len(set(slugs)) == len(names)
-    assert all(set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") for slug in slugs)
+def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
+    data_dir = draw_frames(tmp_path / "mine", 3)
+    shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
+    changes = {"instance_prompt": "my toon", "evaluation": {"num_images_per_prompt": 1}}
+    config = load_config(root / "outputs" / "run" / "config.yaml", changes)
+    result = evaluation.evaluate(tmp_path / "run", config=config, data_dir=data_dir)
+    assert result["reference"]["n_crops"] == {protocol.SUBJECT: 3}
+    assert result["reference"]["n_frames"] == 3
+    assert set(result["models"]["final"]["characters"]) == {protocol.SUBJECT}
+    prompts = [picture["prompt"] for picture in result["pictures"] if picture["model"] == "final"]
+    assert prompts == [
+        "my toon, waving",
+        "a photo of my toon",
+        "waving",
+        "a photo of cartoon character",
+    ]
+    assert len(list(tmp_path.glob("run/evaluation/images/training/subject-*.png"))) == 3
 
 
 def test_a_run_without_weights_or_data_is_refused(copy_of_run, tmp_path):
-    with pytest.raises(BunnyLoraError, match=r"data_summary\.json"):
+    with pytest.raises(BunnyLoraError, match=r"metadata\.jsonl is not there"):
         evaluation.evaluate(copy_of_run, data_dir=tmp_path / "nothing" / "here")
     shutil.rmtree(copy_of_run / "final")
     with pytest.raises(BunnyLoraError, match="No LoRA adapter"):

@@ -27,7 +27,10 @@ LAYERS = {
         *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
         *("trainer", "inference"),
     },
-    "judgement": {"features", "metrics", "evaluation", "report", "widgets"},
+    "judgement": {
+        *("features", "metrics", "protocol", "evaluation"),
+        *("figures", "scores", "grids", "report", "widgets"),
+    },
     "entry": {"session", "cli", "__main__"},
 }
 SIBLINGS = ("trainer", "inference")

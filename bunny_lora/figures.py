@@ -1,0 +1,102 @@
+"""What all figures share: colours, type sizes, places in inches, pictures and shortened text.
+
+Figures are drawn without pyplot, so there is no global state and nothing to close; in a notebook a
+figure shows itself as the last expression of a cell.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from bunny_lora import runs
+
+# Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#222222"
+TITLE_PT, LABEL_PT, SMALL_PT = 12, 9, 8
+DPI = 110
+WIDTH_IN = 10.0
+
+
+class Plot(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def __init__(self, height_in: float, title: str, subtitle: str = "") -> None:
+        super().__init__(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(self)
+        self.label(0.12, 0.12, title, size=TITLE_PT, weight="bold")
+        self.label(0.12, 0.38, subtitle, size=LABEL_PT, color="#555555")
+
+    def panel(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Return axes at a place in inches from the upper left corner."""
+        tall = self.get_figheight()
+        place = (left / WIDTH_IN, 1 - (top + height) / tall, width / WIDTH_IN, height / tall)
+        return self.add_axes(place)
+
+    def label(self, left: float, top: float, text: str, **style: Any) -> None:
+        """Write text at a place in inches from the upper left corner; "$" stays a dollar sign."""
+        plain: dict[str, Any] = {"size": SMALL_PT, "color": INK, "ha": "left", "va": "top"}
+        place = (left / WIDTH_IN, 1 - top / self.get_figheight())
+        self.text(*place, text, parse_math=False, **plain | style)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically, and return its path."""
+    with runs.atomic_path(path) as part:
+        figure.savefig(part, format="png")
+    return path
+
+
+def clean(axes: Axes, title: str = "", *, grid: Literal["x", "y"] | None = None) -> Axes:
+    """Take away what carries nothing, and set the one type size of axes."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+    axes.tick_params(labelsize=SMALL_PT, colors=INK, length=0)
+    axes.set_title(title, size=LABEL_PT, loc="left", color=INK, parse_math=False)
+    if grid:
+        axes.grid(axis=grid, color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return axes
+
+
+def show(axes: Axes, picture: Path | Image.Image) -> None:
+    """Put a picture into axes, or a note where its file is missing or damaged."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("#DDDDDD")
+    try:
+        image = Image.open(picture).convert("RGB") if isinstance(picture, Path) else picture
+    except (OSError, SyntaxError):
+        axes.text(0.5, 0.5, "no picture", size=SMALL_PT, color=GREY, ha="center", va="center")
+        return
+    axes.imshow(ImageOps.contain(image, (512, 512)))
+
+
+def wrap(text: str, width: int, n_lines: int) -> str:
+    """Return text on at most `n_lines` lines of `width` characters, cut with an ellipsis."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=n_lines, placeholder=" …"))
+
+
+def cut(text: str, n: int) -> str:
+    """Return at most `n` characters of a text."""
+    return text if len(text) <= n else text[: n - 1] + "…"
+
+
+def spread(items: Sequence[Any], n: int) -> list[Any]:
+    """Return at most `n` items, evenly spaced, first and last among them."""
+    if len(items) <= n:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(1, n - 1))] for i in range(n)]

@@ -1,0 +1,218 @@
+"""What is drawn with what: the pictures of an evaluation, the weights that draw them, the drawing.
+
+Base, checkpoints and final weights draw the same prompts from the same seeds. A picture that is
+already there is kept only if its own metadata names the same weights and settings.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bunny_lora import adapters, components, inference, runs
+from bunny_lora.config import Config
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.progress import progress
+from bunny_lora.seeding import derive_seed
+
+SUBJECT = "subject"  # stands for the one character of data that names none
+NEUTRAL = "-"  # stands for nobody
+N_GRID_CHARACTERS = 3
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights that draw: "base", "final" or "checkpoint-<step>"."""
+
+    name: str
+    folder: Path | None
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of the protocol."""
+
+    model: str
+    character: str
+    prompt_index: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Where the picture lies below `<run>/evaluation/`."""
+        subject = "no-name" if self.character == NEUTRAL else slug(self.character)
+        return f"images/{self.model}/{subject}-{self.prompt_index}-{self.seed}.png"
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def plan_pictures(config: Config, characters: list[str], models: list[str]) -> list[Picture]:
+    """Return every picture to draw: all prompts for base and final, a small grid for checkpoints.
+
+    The seed depends on prompt and position alone, so models and characters start from the same noise.
+    """
+    plan = []
+    for model in models:
+        if model in ("base", "final"):
+            plan += [p for name in characters for p in pictures_of(config, model, name)]
+            plan += pictures_of(config, model, NEUTRAL)
+        else:
+            plan += [pictures_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
+    return plan
+
+
+def pictures_of(config: Config, model: str, character: str) -> list[Picture]:
+    """Return the pictures of one character, or of nobody for `NEUTRAL`, prompts first."""
+    templates = config.evaluation.prompts
+    class_prompt = config.prior_preservation.class_prompt
+    if character == NEUTRAL:
+        prompts = list(dict.fromkeys(without_name(template, class_prompt) for template in templates))
+    else:
+        name = config.instance_prompt if character == SUBJECT else character
+        prompts = [template.replace("{name}", name) for template in templates]
+    return [
+        Picture(model, character, index, prompt, picture_seed(config.evaluation.seed, index, image))
+        for index, prompt in enumerate(prompts)
+        for image in range(config.evaluation.num_images_per_prompt)
+    ]
+
+
+def picture_seed(seed: int, prompt_index: int, image_index: int) -> int:
+    """Return a 32-bit seed of the evaluation's own, apart from every seed that training uses."""
+    return derive_seed(seed, "evaluation", prompt_index, image_index) >> 31
+
+
+def without_name(template: str, class_prompt: str) -> str:
+    """Return a prompt that names nobody: a leading "{name}, " goes, elsewhere the class stands in."""
+    return re.sub(r"^\{name\}\s*(,\s*|$)", "", template).replace("{name}", class_prompt) or class_prompt
+
+
+def slug(character: str) -> str:
+    """Return a file name part for a character; different names never share one."""
+    plain = re.sub(r"[^a-z0-9_]+", "_", character.lower())[:40]
+    return (
+        plain if plain == character else f"{plain}_{hashlib.sha256(character.encode()).hexdigest()[:6]}"
+    )
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def find_models(run_dir: Path, config: Config) -> list[Model]:
+    """Return base, every checkpoint by step, and final; a checkpoint equal to final is left out."""
+    final = inference.find_weights(run_dir / "final")
+    device = components.resolve_device(config.device)
+    base_model = inference.recorded_base_model(final)
+    shared = {
+        "base_model": base_model,
+        "base_sha256": base_digest(base_model),
+        "dtype": str(inference.run_dtype(final, device)).removeprefix("torch."),
+        "device": device.type,
+    }
+    folders = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    models = [Model("base", None, shared | {"weights_sha256": None})]
+    last = adapter_digest(final)
+    for folder in sorted(folders, key=lambda path: int(path.name[11:])):
+        if (digest := adapter_digest(folder)) not in (None, last):
+            models.append(Model(folder.name, folder, shared | {"weights_sha256": digest}))
+    return [*models, Model("final", final, shared | {"weights_sha256": last})]
+
+
+def adapter_digest(weights_dir: Path) -> str | None:
+    """Return one digest over the adapters of all parts; None of a folder that is not whole."""
+    try:
+        parts = adapters.adapter_parts(weights_dir).values()
+        for part in parts:
+            adapters.check_adapter(part)
+    except BunnyLoraError:
+        return None
+    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))
+
+
+def base_digest(base_model: str) -> str | None:
+    """Return one digest over a local base model's files; None of a hub's, whose name must serve."""
+    folder = Path(components.resolve_base_model(base_model))
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
+    return runs.sha256(*sorted(files)) if files else None
+
+
+# ---------------------------------------------------------------------------- drawing
+
+
+def draw(run_dir: Path, models: list[Model], plan: list[Picture], config: Config) -> None:
+    """Draw what is missing or stale, one model in memory at a time."""
+    evaluation_dir = run_dir / "evaluation"
+    missing = {
+        model.name: [
+            picture
+            for picture in plan
+            if picture.model == model.name
+            and made_by(evaluation_dir / picture.file) != expected(picture, model, config)
+        ]
+        for model in models
+    }
+    total = sum(map(len, missing.values()))
+    with progress(
+        desc="Drawing for the evaluation", total=total, unit="image", disable=not total
+    ) as bar:
+        for model in models:
+            if missing[model.name]:
+                draw_with(model, missing[model.name], evaluation_dir, config, bar)
+                gc.collect()
+
+
+def draw_with(
+    model: Model, pictures: list[Picture], evaluation_dir: Path, config: Config, bar: Any
+) -> None:
+    """Draw pictures with one model; each file tells in its metadata what made it."""
+    identity = model.identity
+    dtype = getattr(torch, identity["dtype"])
+    pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
+    for picture in pictures:
+        started = time.perf_counter()
+        image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
+        made = json.loads(image.info["parameters"]) | identity
+        made["seconds"] = round(time.perf_counter() - started, 3)
+        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
+        inference.save_image(image, evaluation_dir / picture.file)
+        bar.update()
+
+
+def drawing(seed: int, config: Config) -> dict[str, Any]:
+    """Return the arguments of `generate_image`."""
+    size = {"width": config.resolution, "height": config.resolution}
+    return {"seed": seed} | config.sampling.model_dump() | size
+
+
+def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
+    """Return what `made_by` says of an up-to-date picture."""
+    fixed = {"prompt": picture.prompt, "negative_prompt": None, "lora_scale": 1.0}
+    return fixed | drawing(picture.seed, config) | model.identity
+
+
+def made_by(path: Path) -> dict[str, Any] | None:
+    """Return what made a picture, without its time; None of a file that is missing or damaged."""
+    try:
+        made = parameters(path)
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+    return {key: value for key, value in made.items() if key != "seconds"}
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """Return the settings that a PNG carries, after reading all of it."""
+    with Image.open(path) as image:
+        image.load()
+        return json.loads(image.info["parameters"])

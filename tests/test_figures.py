@@ -1,0 +1,81 @@
+"""What all figures share, and how other tests look at a figure."""
+
+from itertools import combinations
+
+import pytest
+from matplotlib import _pylab_helpers
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from bunny_lora import figures
+
+
+def texts(figure):
+    """All texts that a figure shows."""
+    shown = [text.get_text() for text in figure.texts]
+    for axes in figure.axes:
+        shown += [text.get_text() for text in axes.texts]
+        shown += [axes.get_title(loc="left"), *(t.get_text() for t in axes.get_yticklabels())]
+    return shown
+
+
+def n_pictures(figure):
+    return sum(bool(axes.images) for axes in figure.axes)
+
+
+def assert_readable(figure):
+    """The figure shows itself without pyplot; no text is cut off at its edge or lies on another."""
+    assert isinstance(figure, Figure)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert not _pylab_helpers.Gcf.figs
+    renderer, width, height = figure.canvas.get_renderer(), *figure.bbox.size
+    hidden = beyond_the_limits(figure)
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text not in hidden]
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in shown if t.get_text().strip()]
+    assert not [t for t, box in boxes if box.x0 < 0 or box.x1 > width or box.y0 < 0 or box.y1 > height]
+    pairs = combinations(boxes, 2)
+    assert not [(a, b) for (a, one), (b, other) in pairs if one.padded(-1).overlaps(other.padded(-1))]
+
+
+def beyond_the_limits(figure):
+    """Labels of ticks that are there but not drawn."""
+    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+    ticks = [
+        (tick, *sorted(axis.get_view_interval())) for axis in axes for tick in axis.get_major_ticks()
+    ]
+    hidden = [tick for tick, low, high in ticks if not low <= tick.get_loc() <= high]
+    return {label for tick in hidden for label in (tick.label1, tick.label2)}
+
+
+def test_figures_are_saved_whole(tmp_path):
+    path = figures.save_figure(figures.Plot(1.5, "a title"), tmp_path / "new" / "loss.png")
+    with Image.open(path) as image:
+        assert image.width == 1100
+    assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
+
+
+def test_text_that_lies_on_text_or_beyond_the_edge_is_found():
+    assert_readable(figure := figures.Plot(1.5, "a title", "a subtitle"))
+    figure.label(0.2, 0.4, "on the subtitle")
+    with pytest.raises(AssertionError, match="on the subtitle"):
+        assert_readable(figure)
+    with pytest.raises(AssertionError, match="endless"):
+        assert_readable(figures.Plot(1.5, "an endless title " * 20))
+
+
+def test_a_damaged_picture_leaves_a_note(tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    figure = figures.Plot(1.5, "")
+    figures.show(figure.panel(1, 0.5, 0.9, 0.9), tmp_path / "cut.png")
+    assert "no picture" in texts(figure)
+
+
+@pytest.mark.parametrize(("n", "chosen"), [(9, [0, 1, 2, 3, 4]), (3, [0, 2, 4]), (2, [0, 4]), (1, [0])])
+def test_items_are_spread_from_first_to_last(n, chosen):
+    assert figures.spread(range(5), n) == chosen
+
+
+def test_long_text_is_shortened_with_an_ellipsis():
+    assert figures.wrap("one two three four", 9, 2) == "one two\nthree …"
+    assert figures.cut("abcdef", 4) == "abc…" and figures.cut("abcd", 4) == "abcd"

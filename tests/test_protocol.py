@@ -1,0 +1,48 @@
+"""The protocol: which pictures are drawn, from which prompts and seeds, under which names."""
+
+import pytest
+
+from bunny_lora import protocol
+from bunny_lora.config import load_config
+
+CONFIG = load_config(
+    overrides={"evaluation": {"prompts": ["{name}, waving", "{name}"], "num_images_per_prompt": 2}}
+)
+
+
+def test_checkpoints_draw_a_small_part_of_what_base_and_final_draw():
+    models = ["base", "checkpoint-5", "final"]
+    plan = protocol.plan_pictures(CONFIG, ["rex", "ellie", "phil", "victoria"], models)
+    drawn = {model: [p for p in plan if p.model == model] for model in models}
+    assert len(drawn["base"]) == len(drawn["final"]) == (4 + 1) * 2 * 2
+    assert [p.character for p in drawn["checkpoint-5"]] == ["rex", "ellie", "phil"]
+    whole = {(p.prompt, p.seed) for p in drawn["final"]}
+    assert {(p.prompt, p.seed) for p in drawn["checkpoint-5"]} < whole
+    assert len({p.file for p in plan}) == len(plan)
+
+
+def test_a_seed_depends_on_prompt_and_position_alone():
+    rex, ellie = (protocol.pictures_of(CONFIG, "base", name) for name in ("rex", "ellie"))
+    assert [p.seed for p in rex] == [p.seed for p in ellie]
+    assert len({p.seed for p in rex}) == 4
+    assert all(0 <= p.seed < 2**32 for p in rex)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{name}, standing", "standing"),
+        ("a photo of {name} in snow", "a photo of toon in snow"),
+        ("{name}", "toon"),
+        ("a forest", "a forest"),
+    ],
+)
+def test_neutral_prompts_name_nobody(template, prompt):
+    assert protocol.without_name(template, "toon") == prompt
+
+
+def test_file_names_of_characters_are_safe_and_their_own():
+    names = ["rex", "Rex", "a/b", "a_b", "../x", "élise", "名前", "neutral", "x" * 99]
+    slugs = [protocol.slug(name) for name in names]
+    assert slugs[0] == "rex" and len(set(slugs)) == len(names)
+    assert all(set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") for slug in slugs)

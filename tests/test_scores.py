@@ -1,0 +1,94 @@
+"""The chart and the table of an evaluation's scores."""
+
+import copy
+
+import pytest
+from test_figures import assert_readable, texts
+
+from bunny_lora import report, scores
+
+PROMPTS = ["{name}, waving", "{name}, portrait"]
+
+
+def score(mean, spread=0.1):
+    return {"mean": mean, "low": mean - spread, "high": mean + spread, "n": 4}
+
+
+def all_scores(mean, names):
+    row = {measure: score(mean) for measure in scores.MEASURES}
+    return {"all": row, "characters": {name: copy.deepcopy(row) for name in names}}
+
+
+def make_result(names, warning=None):
+    pictures = [
+        {"model": m, "character": c, "prompt_index": p, "prompt": PROMPTS[p].replace("{name}", c)}
+        | {"seed": s, "file": f"images/{m}/{c}-{p}-{s}.png"}
+        for m in ("base", "checkpoint-5", "final")
+        for c in names
+        for p in ((0,) if m == "checkpoint-5" else (0, 1))
+        for s in ((7,) if m == "checkpoint-5" else (7, 8))
+    ]
+    settings = {"resolution": 64, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    return {
+        "base_model": "a/model",
+        "warning": warning,
+        "settings": settings | {"features": "palette"},
+        "models": {"base": all_scores(0.5, names), "final": all_scores(0.75, names)},
+        "differences": all_scores(0.25, names),
+        "drift": score(0.125),
+        "reference": {
+            "likeness_of_crops": dict.fromkeys(names, score(0.8)),
+            "separation_of_crops": score(0.9),
+            "nearest_other_frame": None,
+            "chance_level": 1 / len(names),
+            "n_crops": dict.fromkeys(names, 3),
+        },
+        "seconds_per_image": 281.25,
+        "pictures": pictures,
+        "training_crops": {name: [f"images/training/{name}-0.png"] for name in names},
+    }
+
+
+@pytest.mark.parametrize("names", [["rex"], ["rex", "ellie"], [f"a long name {i}" for i in range(12)]])
+def test_the_chart_is_readable(names):
+    assert_readable(report.scores_chart(make_result(names, "random weights, so they mean nothing")))
+
+
+def test_no_difference_is_no_signed_nothing():
+    result = make_result(["rex"])
+    result["differences"]["all"]["fidelity"] = {"mean": -1e-5, "low": -2e-5, "high": 1e-5, "n": 4}
+    for model in ("base", "final"):
+        result["models"][model] = all_scores(0.7, ["rex"])
+    assert "fidelity: 0.000 (95 %: 0.000 to 0.000)" in report.scores_table(result)
+    low, high = report.scores_chart(result).axes[0].get_xlim()
+    assert high - low >= scores.MIN_SPAN
+
+
+def test_scores_table_is_deterministic_and_never_too_wide():
+    table = report.scores_table(make_result(["rex", "an endless name of a character"]))
+    assert table == report.scores_table(make_result(["rex", "an endless name of a character"]))
+    assert max(map(len, table.splitlines())) <= scores.TABLE_WIDTH
+    row = "rex             fidelity       0.500   0.750   +0.250    +0.150 to +0.350    0.800"
+    assert row in table.splitlines()
+    assert "an endless nam…" in table and "281.2 s an image" in table
+
+
+def test_headlines_are_honest():
+    result = make_result(["rex"], warning="random weights")
+    assert "raised fidelity" in report.scores_table(result)
+    assert "random weights" in report.scores_table(result)
+    assert any("random weights" in text for text in texts(report.scores_chart(result)))
+    result["differences"]["all"]["fidelity"] = score(0.05)
+    assert "No clear change" in report.scores_table(result)
+    result["differences"]["all"]["fidelity"] = {"mean": 0.5, "low": None, "high": None, "n": 1}
+    assert "too few images" in report.scores_table(result)
+
+
+def test_one_image_a_character_has_no_consistency_and_no_interval():
+    result = make_result(["rex"])
+    for part in (result["models"]["base"], result["models"]["final"], result["differences"]):
+        for row in (part["all"], part["characters"]["rex"]):
+            row["consistency"] = None
+            row["fidelity"] |= {"low": None, "high": None}
+    assert report.scores_chart(result)._repr_png_()
+    assert "rex             fidelity       0.500   0.750   +0.250" in report.scores_table(result)
