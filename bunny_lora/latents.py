@@ -131,9 +131,13 @@ def encode_dataset(
 
 
 def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tensor]:
+    # Halves the time on a CPU. Only here: pictures are drawn with the layout that diffusers loads, so
+    # that they come out the same to the bit with diffusers alone.
+    vae.to(memory_format=torch.channels_last)
     for pixel_values in loader:
         mean, std = encode_images(vae, pixel_values[None])
         yield torch.cat([mean, std]).cpu()
+    vae.to(memory_format=torch.contiguous_format)
 
 
 def _key(vae: AutoencoderKL, images: ImageDataset, flips: int) -> str:

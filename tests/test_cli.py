@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from bunny_lora.world.film import write_film
 from conftest import draw_frames, tiny_config
 from PIL import Image
 
 from bunny_lora import cli
+from bunny_lora.world.film import write_film
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bunny_lora.dataset import ImageDataset
 from conftest import draw_frames
 from diffusers import AutoencoderKL
 
 from bunny_lora import latents
+from bunny_lora.dataset import ImageDataset
 
 N_IMAGES = 5
 
