@@ -6,6 +6,7 @@ from typing import Any
 
 from bunny_lora import components, dataset, runs, stage4
 from bunny_lora.config import Config
+from bunny_lora.errors import BunnyLoraError
 
 
 def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
@@ -19,12 +20,25 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     Raises:
         BunnyLoraError: no source, nothing usable in it, or edited data would be replaced.
     """
-    source = stage4.read_source(
+    tokenizer = components.load_tokenizer(config.base_model)
+    data_dir = runs.resolve(config.data_dir)
+    return dataset.prepare(_read(config), data_dir, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def source_changed(config: Config) -> bool:
+    """Whether `config.source` is there and says something else than when the data was prepared."""
+    summary = dataset.load_summary(runs.resolve(config.data_dir))
+    if summary is None:
+        return False
+    try:
+        return _read(config).digest != summary["input_sha256"]
+    except BunnyLoraError:
+        return False  # Gone or moved: what was prepared from it is enough.
+
+
+def _read(config: Config) -> stage4.Source:
+    return stage4.read_source(
         stage4.find_source(config.source),
         min_confidence=config.min_confidence,
         instance_prompt=config.instance_prompt,
-    )
-    tokenizer = components.load_tokenizer(config.base_model)
-    return dataset.prepare(
-        source, runs.resolve(config.data_dir), tokenizer=tokenizer, overwrite=overwrite
     )

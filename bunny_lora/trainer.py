@@ -21,7 +21,7 @@ from bunny_lora.config import Config, load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.latents import EncodedImages, encode_dataset
 from bunny_lora.learning import Learner
-from bunny_lora.prepare import prepare_data
+from bunny_lora.prepare import prepare_data, source_changed
 from bunny_lora.progress import progress
 from bunny_lora.seeding import derive_seed
 
@@ -149,10 +149,15 @@ class LoRATrainer:
         return final
 
     def prepare_data(self) -> None:
-        """Prepare the training data if there is none."""
+        """Prepare the training data if there is none; say so if its source has changed since."""
         if not (self.data_dir / "metadata.jsonl").is_file():
             summary = prepare_data(self.config)
             print(f"Prepared {summary['n_images']} images in {runs.relative(self.data_dir)}")
+        elif source_changed(self.config):
+            print(
+                "The frames have changed since they were prepared, and training goes on with what was"
+                " prepared then. To take them in: notebook 01, or `bunny-lora prepare`."
+            )
 
     def load(self, start: Path | None = None) -> None:
         """Load the base model, attach LoRA, encode the data, and take up the checkpoint `start`."""

@@ -265,6 +265,19 @@ def test_data_is_prepared_from_the_newest_run_if_there_is_none(tiny_model: str, 
     assert (project / "training_data" / "data_summary.json").is_file()
 
 
+def test_a_source_that_changed_since_it_was_prepared_is_noticed(
+    tiny_model: str, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pictures = draw_frames(project / "pictures", 3)
+    config = tiny_config(tiny_model, source="pictures", training={"max_train_steps": 1})
+    LoRATrainer(config=config).prepare_data()
+    LoRATrainer(config=config).prepare_data()
+    assert "have changed" not in capsys.readouterr().out
+    draw_frames(pictures, 3, seed=1)
+    LoRATrainer(config=config).prepare_data()
+    assert "have changed" in capsys.readouterr().out
+
+
 def test_no_data_at_all_is_explained(tiny_model: str, project: Path) -> None:
     with pytest.raises(BunnyLoraError, match=r"llm_analysis\.json"):
         train(tiny_model, data_dir="training_data/instance_images")
