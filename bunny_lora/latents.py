@@ -136,7 +136,7 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
     vae.to(memory_format=torch.channels_last)
     for pixel_values in loader:
         mean, std = encode_images(vae, pixel_values[None])
-        yield torch.cat([mean, std]).cpu()
+        yield torch.cat([mean, std]).cpu().contiguous()
     vae.to(memory_format=torch.contiguous_format)
 
 
