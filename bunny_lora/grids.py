@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bunny_lora.config import load_config
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import LABEL_PT, WIDTH_IN, Plot, show, spread, wrap
 from bunny_lora.scores import conditions, read_result
 
@@ -55,13 +54,12 @@ def picture_grid(
 def samples_grid(run_dir: Path, max_columns: int = 6, max_rows: int = 8) -> Figure:
     """Show validation samples: a row for each prompt and seed, steps from left to right.
 
-    Raises:
-        BunnyLoraError: the run has no samples.
+    A run without validation prompts has none; the figure then says how to get some.
     """
     folders = sorted((run_dir / "samples").glob("step-*"))
     names = sorted({path.name for folder in folders for path in folder.glob("*.png")})
     if not names:
-        raise BunnyLoraError(f"No samples in {run_dir}: set training.validation_prompt, then train.")
+        return Plot(0.7, "No validation samples", "training.validation_prompt draws some at every save")
     folders, names = spread(folders, max_columns), spread(names, max_rows)
     steps = [int(folder.name.removeprefix("step-")) for folder in folders]
     labels = [_sample_prompt(run_dir, name) for name in names]
