@@ -79,6 +79,7 @@ def pretrain_vae(
     stop_at: int | None = None,
     evaluate_every: int = 500,
     save_every: int = 250,
+    n_heldout: int = 64,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train the autoencoder, or go on training it, and return the folder of its averaged weights.
@@ -88,6 +89,7 @@ def pretrain_vae(
         max_steps: length of the whole training; the learning rate ends at 0 there.
         stop_at: stop at this step already, as an interruption would.
         n_workers: processes that draw pictures; on a GPU one process cannot keep up.
+        n_heldout: pictures to measure the quality on, and as many of heroes.
         report: receives a line of progress at every evaluation.
 
     Raises:
@@ -115,9 +117,10 @@ def pretrain_vae(
         if learner.step % evaluate_every == 0 or learner.step == last:
             speed = (learner.step - first) * batch_size / (time.monotonic() - since)
             with learner.averaged():
-                quality = f"PSNR {psnr(vae, heldout(seed, size, 64)):.2f} dB on held-out pictures,"
-                quality += f" {psnr(vae, hero_images(seed, size, 8)):.2f} dB on heroes"
-                export_vae(vae, out_dir / "vae", seed)
+                pictures = heldout(seed, size, n_heldout)
+                heroes = hero_images(seed, size, n_heldout // 4)
+                quality = f"PSNR {psnr(vae, pictures):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
+                export_vae(vae, out_dir / "vae", pictures)
             mean_loss = sum(losses) / len(losses)
             report(f"step {learner.step}: loss {mean_loss:.4f}, {quality}, {speed:.1f} images/s")
             losses, since, first = [], time.monotonic(), learner.step
@@ -142,10 +145,10 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def export_vae(vae: AutoencoderKL, folder: Path, seed: int) -> None:
-    """Write the autoencoder in diffusers' format, its scaling factor measured on held-out pictures."""
-    pictures = to_unit(heldout(seed, vae.config.sample_size, 64), str(vae.device))
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(16)])
+def export_vae(vae: AutoencoderKL, folder: Path, images: torch.Tensor) -> None:
+    """Write the autoencoder in diffusers' format, its scaling factor measured on uint8 `images`."""
+    pictures = to_unit(images, str(vae.device)).split(16)
+    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures])
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with atomic_path(folder) as part:
         vae.save_pretrained(part)
