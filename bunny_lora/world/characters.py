@@ -173,13 +173,18 @@ def _shoulder(pen: Pen, trunk: Pen, x: float) -> Point:
     return float(at[0]), float(at[1])
 
 
+def _spot(x: float, y: float, radius: float) -> Points:
+    return ellipse(x, y, radius, radius)
+
+
+_MARKS = {"heart": heart, "star": star, "moon": crescent, "bolt": bolt, "spot": _spot}
+
+
 def _draw_mark(pen: Pen, traits: Traits) -> None:
     if traits.mark == "none":
         return
     colour: Colour = palette.CLOTH[traits.mark_colour]
-    shapes = {"heart": heart, "star": star, "moon": crescent, "bolt": bolt}
-    spot = traits.mark == "spot"
-    shape = ellipse(0, 0, 0.075, 0.075) if spot else shapes[traits.mark](0, 0, 0.092)
+    shape = _MARKS[traits.mark](0, 0, 0.075 if traits.mark == "spot" else 0.092)
     flip = np.sign(np.linalg.det(pen.matrix))  # a mark reads the same from both sides
     pen.paint((shape * (flip, 1), colour), shade=0)
 

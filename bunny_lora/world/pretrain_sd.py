@@ -1,0 +1,274 @@
+"""Pretrain the denoiser and its text encoder, together, on encoded pictures and their captions.
+
+The pictures of a step, their captions, timesteps and noise are functions of the seed and the step, so
+a run that goes on from its last state ends in the same weights as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from bunny_lora import diffusion
+from bunny_lora.runs import atomic_path, read_json, write_json
+from bunny_lora.seeding import derive_seed, generator
+from bunny_lora.world import attributes
+from bunny_lora.world.attributes import Picture, random_picture
+from bunny_lora.world.captions import caption
+from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.pretrain_latents import encoded_pictures
+from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
+
+CHANNELS = (96, 160, 192)
+_TEXT_WIDTH = 192
+_SNR_GAMMA = 5.0
+_NO_CAPTION, _NEW_NAME = 0.1, 0.2
+PROMPTS = (
+    "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
+    "orange cat with blue eyes and a green hat, laughing, waving, beach, sunset",
+    "brown bear in blue overalls, sitting, forest, wide shot",
+    "white fox, surprised, jumping, snow, medium shot",
+    "pink mouse wearing a yellow dress, running, desert, medium shot",
+    "black cat, sleeping, bedroom, night",
+    "cream bunny wearing a purple cape, cheering, city at night, medium shot",
+    "ellie, animated character, happy, meadow, closeup",
+)
+
+
+def build_denoiser(
+    vocab_size: int, *, side: int = 16, channels: tuple[int, ...] = CHANNELS, seed: int = 0
+) -> nn.ModuleDict:
+    """Return an untrained UNet (`unet`) and text encoder (`text_encoder`) that fit each other.
+
+    Attention lives in the two lower levels; there is no middle block, as in BK-SDM-Tiny.
+    """
+    text = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=_TEXT_WIDTH,
+        intermediate_size=4 * _TEXT_WIDTH,
+        projection_dim=_TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "world denoiser weights"))
+        unet = UNet2DConditionModel(
+            sample_size=side,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type=None,
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=channels,
+            layers_per_block=1,
+            cross_attention_dim=_TEXT_WIDTH,
+            attention_head_dim=4,
+        )
+        return nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(text)})
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Return the noise schedule: Stable Diffusion's betas, the UNet predicting v."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def training_caption(picture: Picture, seed: int, *position: int) -> str:
+    """Return what the model is told about a picture at one position of training.
+
+    A new caption each time; now and then nothing (for guidance), or a name made up of syllables in
+    the place of a known one, so that a name never heard is nothing new.
+    """
+    rng = attributes.generator(seed, "training caption", *position)
+    if rng.random() < _NO_CAPTION:
+        return ""
+    people = [
+        replace(c, name=_new_name(rng)) if c.name and rng.random() < _NEW_NAME else c
+        for c in picture.characters
+    ]
+    return caption(replace(picture, characters=tuple(people)), int(rng.integers(2**31)))
+
+
+def _captions(chosen: np.ndarray, seed: int, step: int) -> list[str]:
+    return [
+        training_caption(random_picture(seed, int(index)), seed, step, slot)
+        for slot, index in enumerate(chosen)
+    ]
+
+
+def _new_name(rng: np.random.Generator) -> str:
+    n_syllables = int(rng.integers(2, 4))
+    return "".join(
+        "bdfghjklmnprstvwz"[rng.integers(17)] + "aeiou"[rng.integers(5)] for _ in range(n_syllables)
+    )
+
+
+def _loss(
+    models: nn.ModuleDict,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    luck: torch.Generator,
+) -> torch.Tensor:
+    noise = torch.randn(latents.shape, generator=luck).to(latents.device)
+    timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=luck).to(latents.device)
+    noisy = diffusion.add_noise(latents, noise, timesteps, alphas_cumprod)
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        states = models["text_encoder"](tokens).last_hidden_state
+        prediction = models["unet"](noisy, timesteps, states).sample
+    target = diffusion.target("v_prediction", latents, noise, timesteps, alphas_cumprod)
+    weights = diffusion.snr_weights(timesteps, alphas_cumprod, _SNR_GAMMA, "v_prediction")
+    return (weights * diffusion.loss_per_sample(prediction, target)).mean()
+
+
+def pretrain_sd(
+    out_dir: Path,
+    *,
+    max_steps: int = 16_000,
+    batch_size: int = 32,
+    peak_rate: float = 5e-4,
+    n_pictures: int = 60_000,
+    channels: tuple[int, ...] = CHANNELS,
+    seed: int = 0,
+    device: str = "cpu",
+    n_workers: int = 0,
+    stop_at: int | None = None,
+    evaluate_every: int = 1000,
+    save_every: int = 250,
+    n_sample_steps: int = 25,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Train UNet and text encoder, or go on training them, and return the folder of the pipeline.
+
+    Args:
+        out_dir: holds `vae/` (see `pretrain_vae`), receives `latents.npy`, `sd_state.safetensors` to go
+            on from, `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
+        max_steps: length of the whole training; the learning rate ends at 0 there.
+        n_pictures: pictures of the random stream to encode and learn from.
+        stop_at: stop at this step already, as an interruption would.
+        n_workers: processes that draw pictures while encoding.
+        n_sample_steps: denoising steps of the pictures in `samples/`.
+        report: receives a line of progress now and then.
+
+    Raises:
+        BunnyLoraError: the state in `out_dir` was made under other settings.
+    """
+    out_dir = Path(out_dir)
+    state = out_dir / "sd_state.safetensors"
+    latents = encoded_pictures(
+        out_dir,
+        out_dir / "vae",
+        n_pictures,
+        seed=seed,
+        device=device,
+        n_workers=n_workers,
+        report=report,
+    )
+    tokenizer, scheduler = build_tokenizer(), build_scheduler()
+    side = latents.shape[-1]
+    models = build_denoiser(len(tokenizer), side=side, channels=channels, seed=seed).to(device)
+    settings = {"channels": list(channels), "seed": seed, "batch_size": batch_size}
+    settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
+    learner = Learner(models, settings, ema_decay=0.9995)
+    learner.load(state)
+    last = min(max_steps, stop_at or max_steps)
+    losses: list[float] = []
+    since, first = time.monotonic(), learner.step
+    while learner.step < last:
+        lot = attributes.generator(seed, "sd batch", learner.step)
+        chosen = lot.integers(n_pictures, size=batch_size)
+        batch = torch.from_numpy(latents[chosen]).to(device).float()
+        tokens = tokenize(tokenizer, _captions(chosen, seed, learner.step)).to(device)
+        luck = generator(seed, "world sd noise", learner.step)
+        loss = _loss(models, batch, tokens, scheduler.alphas_cumprod, luck)
+        learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
+        losses.append(float(loss.detach()))
+
+        # once in a while
+        if learner.step % save_every == 0 or learner.step == last:
+            learner.save(state)
+        if learner.step % evaluate_every == 0 or learner.step == last:
+            speed = (learner.step - first) * batch_size / (time.monotonic() - since)
+            mean_loss = sum(losses) / len(losses)
+            report(f"step {learner.step}: loss {mean_loss:.4f}, {speed:.1f} images/s")
+            with learner.averaged():
+                pipeline = build_pipeline(models, tokenizer, out_dir / "vae")
+                draw_samples(pipeline, out_dir / "samples" / f"{learner.step:06d}.png", n_sample_steps)
+                export_pipeline(pipeline, out_dir / "sd")
+            losses, since, first = [], time.monotonic(), learner.step
+    return out_dir / "sd"
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Return int64 [len(texts), MAX_TOKENS], cut or padded."""
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS)
+    return torch.tensor(tokens["input_ids"])
+
+
+def build_pipeline(
+    models: nn.ModuleDict, tokenizer: CLIPTokenizer, vae_dir: Path
+) -> StableDiffusionPipeline:
+    """Return an ordinary pipeline around copies of the models, on the CPU, without a safety checker."""
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(vae_dir),
+        text_encoder=copy.deepcopy(models["text_encoder"]).cpu().eval(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(models["unet"]).cpu().eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def draw_samples(pipeline: StableDiffusionPipeline, path: Path, n_steps: int) -> None:
+    """Draw `PROMPTS`, two pictures each from seeds that stay, as one PNG."""
+    pipeline.set_progress_bar_config(disable=True)
+    rows = []
+    for row in range(2):
+        luck = [generator(row, "world sample", column) for column in range(len(PROMPTS))]
+        images = pipeline(
+            list(PROMPTS),
+            num_inference_steps=n_steps,
+            guidance_scale=3.0,
+            generator=luck,
+            output_type="np",
+        ).images
+        rows.append(np.concatenate(list(images), axis=1))
+    sheet = Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
+    with atomic_path(path) as part:
+        sheet.save(part)
+
+
+def export_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline in diffusers' format with float16 weights; it is float16 afterwards.
+
+    Transformers would load the text encoder in the precision that its configuration names, diffusers
+    the rest in float32: naming float32 makes both load in float32 unless asked otherwise.
+    """
+    for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        nn.Module.half(module)
+    with atomic_path(folder) as part:
+        pipeline.save_pretrained(part)
+        config = part / "text_encoder" / "config.json"
+        write_json(config, read_json(config) | {"dtype": "float32"})

@@ -1,0 +1,137 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.world.attributes import random_picture
+from bunny_lora.world.captions import vocabulary
+from bunny_lora.world.learner import learning_rate
+from bunny_lora.world.pretrain_data import Renders, batches
+from bunny_lora.world.pretrain_latents import encoded_pictures
+from bunny_lora.world.pretrain_sd import pretrain_sd, training_caption
+from bunny_lora.world.pretrain_vae import pretrain_vae
+from bunny_lora.world.tokenizer import save_tokenizer
+
+TINY_VAE = {
+    "size": 32,
+    "channels": (8, 8, 8, 8),
+    "batch_size": 2,
+    "max_steps": 4,
+    "n_heldout": 4,
+    "report": lambda _: None,
+}
+
+
+def state_of(folder, name):
+    return load_file(folder / name)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_rate_rises_and_falls_to_zero():
+    rates = [learning_rate(step, 3000, 1.0) for step in range(3000)]
+    assert rates[0] < 0.01 and rates[1000] == 1.0 and rates[-1] < 0.01
+    assert max(rates) == 1.0
+
+
+def test_batches_do_not_depend_on_where_one_starts():
+    renders = Renders(0, 32)
+    everything = [images for images, _ in batches(renders, 0, 4, 2)]
+    later = [images for images, _ in batches(renders, 2, 4, 2)]
+    assert len(everything) == 4 and everything[0].shape == (2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(everything[2:], later, strict=True))
+
+
+def test_vae_training_resumes_as_if_never_stopped(tmp_path):
+    pretrain_vae(tmp_path / "whole", **TINY_VAE)
+    pretrain_vae(tmp_path / "parts", **TINY_VAE, stop_at=2)
+    folder = pretrain_vae(tmp_path / "parts", **TINY_VAE)
+    name = "vae_state.safetensors"
+    assert same(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+    vae = AutoencoderKL.from_pretrained(folder)
+    assert vae.config.latent_channels == 4 and vae.config.scaling_factor > 0
+    latents = vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mode()
+    assert latents.shape == (1, 4, 4, 4)
+
+
+def test_other_settings_are_refused(tmp_path):
+    pretrain_vae(tmp_path, **TINY_VAE, stop_at=1)
+    with pytest.raises(BunnyLoraError, match="other settings"):
+        pretrain_vae(tmp_path, **TINY_VAE, seed=1)
+
+
+TINY_SD = {
+    "channels": (32, 32, 32),
+    "batch_size": 2,
+    "max_steps": 4,
+    "n_pictures": 20,
+    "n_sample_steps": 2,
+    "report": lambda _: None,
+}
+
+
+@pytest.fixture(scope="module")
+def vae_dir(tmp_path_factory):
+    return pretrain_vae(tmp_path_factory.mktemp("vae"), **TINY_VAE, stop_at=1)
+
+
+def test_every_word_is_one_token_and_new_words_still_tokenize(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.model_max_length == 32
+    start, end = len(tokenizer) - 2, len(tokenizer) - 1
+    ids = [tokenizer(word).input_ids for word in vocabulary()]
+    assert all(len(row) == 3 and row[0] == start and row[2] == end for row in ids)
+    assert len({row[1] for row in ids}) == len(ids)
+    assert tokenizer("A Grey RABBIT").input_ids == tokenizer("a grey rabbit").input_ids
+    strange = tokenizer("zaphod émigré 42")
+    assert end not in strange.input_ids[:-1]
+    assert tokenizer.decode(strange.input_ids, skip_special_tokens=True) == "zaphod émigré 4 2"
+
+
+def test_training_captions_drop_out_and_meet_new_names():
+    picture = replace(
+        random_picture(0, 0), characters=(replace(random_picture(0, 0).characters[0], name="milo"),)
+    )
+    texts = [training_caption(picture, 0, step, 0) for step in range(400)]
+    assert texts[3] == training_caption(picture, 0, 3, 0)
+    said = [text for text in texts if text]
+    assert 0.05 < 1 - len(said) / len(texts) < 0.17
+    named = sum("milo" in text.split(",")[0] for text in said) / len(said)
+    assert 0.7 < named < 0.9
+
+
+def test_latents_are_encoded_once_and_completed_after_an_interruption(tmp_path, vae_dir, monkeypatch):
+    monkeypatch.setattr("bunny_lora.world.pretrain_latents._SAVE_EVERY", 1)
+    options = {"batch_size": 4, "report": lambda _: None}
+    whole = np.array(encoded_pictures(tmp_path, vae_dir, 10, **options))
+    assert whole.shape == (10, 4, 4, 4) and whole.std() > 0
+    progress = tmp_path / "latents.json"
+    progress.write_text(progress.read_text().replace('"n_batches_done": 3', '"n_batches_done": 1'))
+    torn = np.lib.format.open_memmap(tmp_path / "latents.npy", "r+")
+    torn[4:] = 0
+    torn.flush()
+    assert np.array_equal(encoded_pictures(tmp_path, vae_dir, 10, **options), whole)
+
+
+def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):
+    for name in ("whole", "parts"):
+        shutil.copytree(vae_dir, tmp_path / name / "vae")
+    pretrain_sd(tmp_path / "whole", **TINY_SD)
+    pretrain_sd(tmp_path / "parts", **TINY_SD, stop_at=2)
+    folder = pretrain_sd(tmp_path / "parts", **TINY_SD)
+    name = "sd_state.safetensors"
+    assert same(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+    assert (tmp_path / "parts" / "samples" / "000004.png").is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a grey rabbit", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 32, 32, 3) and np.isfinite(image).all()
