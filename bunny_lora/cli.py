@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bunny_lora import __version__
 from bunny_lora.errors import BunnyLoraError
@@ -85,6 +86,15 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     film.add_argument("--seed", type=int, default=0)
     film.set_defaults(run=_film)
 
+    pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
+    pretrain.add_argument("model", choices=["vae", "sd"], help="the autoencoder first, then the rest")
+    pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
+    pretrain.add_argument("--steps", type=int, help="length of the whole training")
+    pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
+    pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
+    pretrain.set_defaults(run=_pretrain)
+
 
 def _prepare(options: argparse.Namespace) -> None:
     from bunny_lora import report
@@ -143,6 +153,19 @@ def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Pat
         return [output]
     folder, stem = (output.parent, f"{output.stem}-") if is_file else (output, "")
     return [folder / f"{stem}{p:02d}-{seed}.png" for p in range(n_prompts) for seed in seeds]
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from bunny_lora.components import resolve_device
+    from bunny_lora.world.pretrain_sd import pretrain_sd
+    from bunny_lora.world.pretrain_vae import pretrain_vae
+
+    device = resolve_device(options.device).type
+    settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
+    if options.steps is not None:
+        settings["max_steps"] = options.steps
+    pretrain = pretrain_vae if options.model == "vae" else pretrain_sd
+    print(pretrain(options.out, stop_at=options.stop_at, **settings))
 
 
 def _film(options: argparse.Namespace) -> None:

@@ -85,3 +85,10 @@ def test_wrong_settings_are_all_shown(config_file: Path, capsys: pytest.CaptureF
 )
 def test_output_names(output: str, n_prompts: int, seeds: list[int], expected: list[str]) -> None:
     assert [path.as_posix() for path in cli.output_paths(Path(output), n_prompts, seeds)] == expected
+
+
+def test_the_denoiser_without_an_autoencoder_is_explained(
+    project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["world", "pretrain", "sd", "--out", "weights"]) == 2
+    assert "pretrain the vae first" in capsys.readouterr().err

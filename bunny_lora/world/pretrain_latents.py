@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.lib.format import open_memmap
 
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import read_json, sha256, write_json
 from bunny_lora.world.pretrain_data import Renders, batches, to_unit
 
@@ -31,7 +32,14 @@ def encoded_pictures(
 
     They lie memory-mapped in `out_dir/latents.npy`; row i is picture i. Goes on where an interruption
     left off, and starts anew for another autoencoder, seed or number of pictures.
+
+    Raises:
+        BunnyLoraError: there is no autoencoder in `vae_dir`.
     """
+    if not (Path(vae_dir) / "config.json").is_file():
+        raise BunnyLoraError(
+            f"No autoencoder in {vae_dir}: pretrain the vae first, with the same --out."
+        )
     vae = AutoencoderKL.from_pretrained(vae_dir).to(device)
     size, side = vae.config.sample_size, vae.config.sample_size // 8
     path, progress = Path(out_dir) / "latents.npy", Path(out_dir) / "latents.json"
