@@ -1,12 +1,13 @@
 """Training itself: what changes, what does not, and that it learns."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_frames, tiny_config
+from conftest import CHECKOUT, draw_frames, tiny_config
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -283,14 +284,15 @@ def test_no_data_at_all_is_explained(tiny_model: str, project: Path) -> None:
         train(tiny_model, data_dir="training_data/instance_images")
 
 
-def test_without_arguments_a_host_pipelines_config_is_found(
+def test_the_readmes_host_pipeline_runs_the_stage_from_its_own_config(
     tiny_model: str, data: Path, project: Path, capsys: pytest.CaptureFixture
 ) -> None:
     section = tiny_config(tiny_model).to_yaml()
     (project / "config.yaml").write_text("pipeline:\n  stages: [finetuning]\n" + section)
-    stages = {"finetuning": lambda: LoRATrainer().train()}
-    final = stages["finetuning"]()
-    assert final == project / "run" / "final" and (final / "unet").is_dir()
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    example = next(block for block in blocks if "STAGES" in block)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (project / "run" / "final" / "unet" / "adapter_model.safetensors").is_file()
     assert "config.yaml (found in the working folder)" in capsys.readouterr().out
 
 
