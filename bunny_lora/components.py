@@ -98,8 +98,16 @@ def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
 
 
 def load_tokenizer(base_model: str) -> CLIPTokenizer:
-    """Load the tokenizer alone; it takes no weights."""
-    return _load(CLIPTokenizer, base_model, "tokenizer")
+    """Load the tokenizer alone; it takes no weights.
+
+    Raises:
+        BunnyLoraError: there is no such model here, and none could be had from the hub.
+    """
+    tokenizer = _load(CLIPTokenizer, base_model, "tokenizer")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # transformers 5 makes an empty one of files that it cannot find, and says nothing.
+        raise model_not_loaded(base_model, OSError("there are no tokenizer files"))
+    return tokenizer
 
 
 def load_noise_scheduler(base_model: str) -> DDPMScheduler:

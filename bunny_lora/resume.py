@@ -49,9 +49,8 @@ def open_run(run_dir: Path, config: Config, data_sha256: str) -> Path | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether there is training in the folder, ours or another program's."""
-    names = ("config.yaml", "final", "checkpoint-*", "log.jsonl")
-    return any(any(run_dir.glob(name)) for name in names)
+    """Whether there are weights in the folder, ours or another program's: something to lose."""
+    return any(any(run_dir.glob(name)) for name in ("final", "checkpoint-*"))
 
 
 def set_aside(run_dir: Path) -> Path:

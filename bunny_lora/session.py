@@ -70,12 +70,15 @@ def _choose(config_path: str | Path | None, finetuning: object) -> tuple[Path | 
 
 
 def write_demo_film() -> None:
-    """Write the demo's own stage-4 run if it is not there yet, and say where it is."""
+    """Draw the demo's own stage-4 run, and say where it is.
+
+    Every time: it takes a second, and one that an older version drew would be another film.
+    """
     from bunny_lora.world.film import write_film
 
     folder = runs.demo_film_dir()
-    if not folder.is_dir():
-        write_film(folder)
+    with runs.atomic_path(folder) as part:
+        write_film(part)
     print(f"The demo's film: {runs.relative(folder)}")
 
 

@@ -7,21 +7,19 @@ Their pictures are noise: nothing drawn with them says anything about quality.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import runs
+from bunny_lora import bpe, runs
 from bunny_lora.seeding import derive_seed
 
-# Text whose words the stand-in's tokenizer knows as one token, about as CLIP's would.
-TEXT = """
+# Words that the stand-in's tokenizer knows as one token, about as CLIP's would.
+_TEXT = """
 a an the of in on at with and to from his her its by up down over under behind before near ellie
 phil rex victoria buck birdie flutter character cartoon anime animated scene detailed render style
 bunny rabbit cat bear fox mouse bird animal butterfly girl boy woman man small big huge large round
@@ -33,6 +31,7 @@ full body view forest meadow beach snow city night bedroom desert grass tree bra
 flower river house sun moon evening morning sunset day window street room bed stars sand sea
 mountain path field background
 """
+WORDS = sorted({*_TEXT.split(), ","})
 
 
 @dataclass(frozen=True)
@@ -100,27 +99,9 @@ TINY = Shape(
 STANDINS: dict[str, Shape] = {"random-tiny": TINY, "random-bk-sdm-tiny": BK_SDM_TINY}
 
 
-def build_tokenizer(model_max_length: int = 77, vocab_size: int = 2048) -> CLIPTokenizer:
-    """Return a CLIP tokenizer whose byte pairs are learned from `TEXT`; it can write any text."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), bpe.pre_tokenizer])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator([TEXT] * 2, trainer)
-    merges = [tuple(pair) for pair in _model_part(bpe, "merges")]
-    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    words = list(dict.fromkeys([*words, "<|startoftext|>", "<|endoftext|>"]))
-    vocab = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
-
-
-def _model_part(bpe: Tokenizer, part: str) -> list:
-    return json.loads(bpe.to_str())["model"][part]
+def build_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
+    """Return a CLIP tokenizer with a token for each word of `WORDS`; it can write any text."""
+    return bpe.build_tokenizer(WORDS, model_max_length)
 
 
 def build_pipeline(shape: Shape, seed: int = 0) -> StableDiffusionPipeline:

@@ -1,5 +1,7 @@
 """Loading and using the parts of a Stable Diffusion, against diffusers' own pipeline."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,10 +56,11 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
 
 
 def test_a_missing_model_is_explained_with_ways_out(project: Path) -> None:
-    with pytest.raises(
-        BunnyLoraError, match=r"nobody/nothing(.|\n)*nota-ai/bk-sdm-tiny(.|\n)*random-tiny"
-    ):
+    ways_out = r"nobody/nothing(.|\n)*nota-ai/bk-sdm-tiny(.|\n)*random-tiny"
+    with pytest.raises(BunnyLoraError, match=ways_out):
         components.load_components("nobody/nothing", CPU, torch.float32)
+    with pytest.raises(BunnyLoraError, match=ways_out):
+        components.load_tokenizer("nobody/nothing")
 
 
 def test_a_relative_model_folder_starts_at_the_project_root(project: Path, tiny_model: str) -> None:
@@ -95,6 +98,18 @@ def test_a_standin_is_the_same_each_time_it_is_built(tiny_model: str) -> None:
     for name in ("unet", "vae", "text_encoder"):
         old, new = getattr(first, name).state_dict(), getattr(again, name).state_dict()
         assert all(torch.equal(old[key], new[key]) for key in new)
+
+
+def test_a_standins_tokenizer_is_the_same_in_another_process() -> None:
+    """Hash seeds differ from process to process, and must not decide which pieces words fall into."""
+    code = (
+        "from bunny_lora import standins; print(standins.build_tokenizer().backend_tokenizer.to_str())"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1] and len(runs[0]) > 1000
 
 
 def test_the_standins_tokenizer_keeps_any_text() -> None:

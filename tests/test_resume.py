@@ -132,6 +132,16 @@ def test_a_folder_of_another_program_is_not_overwritten(
         run(tiny_model, "run")
 
 
+def test_a_run_that_never_got_to_a_checkpoint_does_not_hold_up_the_next(
+    tiny_model: str, data: Path
+) -> None:
+    with pytest.raises(BunnyLoraError, match="nobody/nothing"):
+        run("nobody/nothing", "run")
+    with pytest.raises(PowerCutError):
+        run(tiny_model, "run", cut_at=1)
+    run(tiny_model, "run", seed=7)
+
+
 def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / ".checkpoint-9.x.tmp" / "checkpoint-9").mkdir(parents=True)

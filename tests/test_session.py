@@ -58,11 +58,14 @@ def test_the_choice_is_said_in_one_line(config_file: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "Configuration: params/mine.yaml (named by you)\n"
 
 
-def test_the_demo_film_is_drawn_when_it_is_asked_for_and_once(project: Path) -> None:
-    for _ in range(2):
-        session.open_config(finetuning={"source": "bunny-world"})
+def test_the_demo_film_is_drawn_when_it_is_asked_for_and_is_never_an_older_one(project: Path) -> None:
     analysis = runs.demo_film_dir() / "llm_analysis" / "llm_analysis.json"
-    assert analysis.is_file() and not runs.has_user_data()
+    session.open_config(finetuning={"source": "bunny-world"})
+    drawn = analysis.read_bytes()
+    analysis.write_text("[]")
+    session.open_config(finetuning={"source": "bunny-world"})
+    assert analysis.read_bytes() == drawn
+    assert not runs.has_user_data()
 
 
 PARAMETERS = "config_path = None\nmax_steps = None  # steps"
