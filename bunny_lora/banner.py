@@ -12,9 +12,12 @@ from torch.optim import Optimizer
 
 from bunny_lora import adapters, runs
 from bunny_lora.learning import Learner
+from bunny_lora.standins import STANDINS
 
 if TYPE_CHECKING:
     from bunny_lora.trainer import LoRATrainer
+
+RANDOM = " (random weights: its pictures are noise)"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
     precision = str(parts.dtype).removeprefix("torch.")
     lines = {
         "device": f"{parts.device}, {precision}, {torch.get_num_threads()} threads",
-        "base model": config.base_model,
+        "base model": config.base_model + (RANDOM if config.base_model in STANDINS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
         "images": f"{len(trainer.learner.images.captions)} at {config.resolution} px",
