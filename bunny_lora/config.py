@@ -129,6 +129,8 @@ class Config(Section):
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     source: str = "auto"
     min_confidence: float = Field(0.5, ge=0, le=1)
+    # Pictures are read inside the project and the run only; this follows recorded paths anywhere.
+    allow_outside_paths: bool = False
     data_dir: str = "training_data/instance_images"
     instance_prompt: str = "cartoon character"
     resolution: int = Field(512, ge=8, multiple_of=8)

@@ -22,6 +22,7 @@ from bunny_lora.progress import progress
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
 METADATA = "metadata.jsonl"
+MAX_DIGITS = 4000
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,23 @@ def _unknown(name: str) -> str:
     )
 
 
-def read_source(path: Path, *, min_confidence: float = 0.5, instance_prompt: str = "") -> Source:
+def read_source(
+    path: Path,
+    *,
+    min_confidence: float = 0.5,
+    instance_prompt: str = "",
+    allow_outside_paths: bool = False,
+) -> Source:
     """Read and clean a source; every picture in `frames` has been decoded once and is good.
 
-    Pictures are read only inside the project root, the run folder, or the folder named.
+    Pictures are read only inside the project root, the run folder, or the folder named, unless
+    `allow_outside_paths`.
 
     Args:
         path: what `find_source` returns, or a run folder.
         min_confidence: stage-4 entries below it are left out; a missing confidence counts as 0.
         instance_prompt: the caption of pictures in a plain folder that have none.
+        allow_outside_paths: read a picture wherever its recorded path leads.
 
     Raises:
         BunnyLoraError: there is no source, or it cannot be read as a whole.
@@ -148,7 +157,8 @@ def read_source(path: Path, *, min_confidence: float = 0.5, instance_prompt: str
         entries = [entry_from_record(record, n, min_confidence) for n, record in enumerate(records, 1)]
         kind, threshold = "stage-4", min_confidence
         folder = found.parent.parent if found.parent.name == RUN_JSON.parent.name else found.parent
-    frames, dropped = _look_for(entries, Finder(folder, [runs.project_root()]))
+    finder = Finder(folder, [runs.project_root()], anywhere=allow_outside_paths)
+    frames, dropped = _look_for(entries, finder)
     return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
 
 
@@ -195,7 +205,8 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     again = "Let stage 4 finish or run it again, or name another run with `source:`."
     try:
         raw = path.read_bytes()
-        records = json.loads(raw)  # From bytes: takes a byte-order mark, and UTF-16 too.
+        # From bytes: takes a byte-order mark, and UTF-16 too.
+        records = json.loads(raw, parse_int=_integer)
     except OSError as error:
         raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -208,6 +219,11 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     if not records:
         raise BunnyLoraError(f"{path} is an empty list: stage 4 described no frame. {again}")
     return raw, records
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read endless numbers; one of them spoils its own entry only."""
+    return int(digits) if len(digits) < MAX_DIGITS else float(digits)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -235,7 +251,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, parse_int=_integer)
             except (ValueError, RecursionError):
                 yield number, None
 

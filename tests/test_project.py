@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports what stands below it, or its neighbours where that makes no circle.
 LAYERS = {
     "ground": {"errors", "config", "runs", "seeding", "progress"},
-    "data": {"captions", "images", "stage4", "data_summary", "dataset"},
+    "data": {"captions", "colours", "images", "stage4", "data_summary", "dataset"},
     "model": {"standins", "components", "adapters", "formats", "diffusion"},
     "training": {
         *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
