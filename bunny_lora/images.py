@@ -145,11 +145,9 @@ class Finder:
 
     def _candidates(self, recorded: str, tail: list[str]) -> Iterator[Path]:
         """As given; from the run folder and the folders above it that are ours; by ever less of it."""
-        above = [folder for folder in self.base.parents if is_inside(folder, self.allowed)]
-        bases = [self.base, *above]
-        yield from (base / recorded for base in bases)
+        yield from (base / recorded for base in self._bases)
         for start in range(len(tail)):
-            yield from (base.joinpath(*tail[start:]) for base in bases)
+            yield from (base.joinpath(*tail[start:]) for base in self._bases)
         if tail:
             yield from self._by_tail(tail)
 
@@ -163,6 +161,11 @@ class Finder:
         ranked = sorted(self._index.get(tail[-1], []), key=alike, reverse=True)
         unique = len(ranked) == 1 or (len(ranked) > 1 and alike(ranked[0]) > alike(ranked[1]))
         return ranked[:1] if unique else []
+
+    @cached_property
+    def _bases(self) -> list[Path]:
+        above = [folder for folder in self.base.parents if is_inside(folder, self.allowed)]
+        return [self.base, *above]
 
     @cached_property
     def _index(self) -> dict[str, list[Path]]:
@@ -184,5 +187,13 @@ def is_file(path: Path) -> bool:
     """Whether there is a file; False, not an error, for names that no file can have."""
     try:
         return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; likewise."""
+    try:
+        return path.is_dir()
     except (OSError, ValueError):
         return False

@@ -144,6 +144,19 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically, with the picture's settings in its `parameters` text."""
     metadata = PngInfo()
     if "parameters" in image.info:
-        metadata.add_itxt("parameters", image.info["parameters"])
+        # A prompt from a command line may hold bytes that are no text.
+        text = image.info["parameters"].encode("utf-8", "replace").decode()
+        metadata.add_itxt("parameters", text)
     with runs.atomic_path(path) as part:
         image.save(part, format="PNG", pnginfo=metadata)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings that `save_image` put into a PNG; None of any other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # The text may follow the pixels.
+            settings = json.loads(image.info["parameters"])
+    except Exception:  # Pillow's decoders raise whatever they trip over.
+        return None
+    return settings if isinstance(settings, dict) else None

@@ -17,7 +17,15 @@ from typing import Any
 from bunny_lora import runs
 from bunny_lora.captions import Box, Entry, clean, entry_from_record
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import SUFFIXES, Finder, LeftOutError, inspect, is_file, is_inside
+from bunny_lora.images import (
+    SUFFIXES,
+    Finder,
+    LeftOutError,
+    inspect,
+    is_file,
+    is_folder,
+    is_inside,
+)
 from bunny_lora.progress import progress
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
@@ -110,7 +118,7 @@ def _as_source(path: Path) -> Path | None:
             return json_path
     if is_file(path) and path.suffix == ".json":
         return path
-    return path if path.is_dir() and (is_file(path / METADATA) or _pictures(path)) else None
+    return path if is_folder(path) and (is_file(path / METADATA) or _pictures(path)) else None
 
 
 def _unknown(name: str) -> str:
@@ -119,8 +127,8 @@ def _unknown(name: str) -> str:
     hint = f" Did you mean {near[0]}?" if near else ""
     listed = f"Runs under outputs/: {', '.join(known)}." if known else "There is no run under outputs/."
     return (
-        f"No source {name!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path of a"
-        f" run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
+        f"No source {name[:200]!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path"
+        f" of a run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
     )
 
 
