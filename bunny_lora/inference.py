@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bunny_lora import adapters, components, runs
+from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 
@@ -68,7 +69,7 @@ def recorded_base_model(weights_dir: Path | None) -> str:
         if (weights_dir.parent / "config.yaml").is_file():
             return load_config(weights_dir.parent / "config.yaml").base_model
         folder = next(iter(adapters.adapter_parts(weights_dir).values()))
-        if name := runs.read_json(folder / "adapter_config.json").get("base_model_name_or_path"):
+        if name := read_config(folder).base_model_name_or_path:
             return name
     raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
 

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LAYERS = {
     "ground": {"errors", "config", "runs", "seeding", "progress"},
     "data": {"captions", "colours", "images", "stage4", "data_summary", "dataset"},
-    "model": {"standins", "components", "adapters", "formats", "diffusion"},
+    "model": {"standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
     "training": {
         *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
         *("trainer", "inference"),
