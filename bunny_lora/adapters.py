@@ -6,24 +6,23 @@ a diffusers pipeline; the `PeftModel` around it is only the handle for saving an
 
 from __future__ import annotations
 
-import pickle
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bunny_lora import runs
+from bunny_lora.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.seeding import derive_seed
@@ -31,6 +30,16 @@ from bunny_lora.seeding import derive_seed
 # CLIP names its projections differently from the UNet, so `lora.target_modules` cannot serve both.
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PARTS = ("unet", "text_encoder")
+
+__all__ = [
+    "adapter_parts",
+    "attach",
+    "check_adapter",
+    "load_adapter",
+    "load_weights",
+    "save_adapter",
+    "trainable_parameters",
+]
 
 
 def attach(
@@ -97,12 +106,14 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, trainable: bool = Fals
         BunnyLoraError: no adapter there, unreadable, or made for another base model.
     """
     check_adapter(folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    config, state = read_config(folder), read_weights(folder)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            peft_model = get_peft_model(model, config)
-            load_weights(peft_model, folder)
+            check_ranks(config, state)
+            with _undone_on_error(model):
+                peft_model = get_peft_model(model, config)
+                _put(peft_model, state)
         except (ValueError, RuntimeError) as error:
             raise BunnyLoraError(
                 f"The adapter in {folder} was made for another base model than the one loaded"
@@ -113,27 +124,44 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, trainable: bool = Fals
     return peft_model
 
 
+@contextlib.contextmanager
+def _undone_on_error(model: torch.nn.Module) -> Iterator[None]:
+    """Leave the model as it was if PEFT stops half-way: the layers put in, flags and handles."""
+    children = {module: dict(module._modules) for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    names = set(vars(model))
+    try:
+        yield
+    except BaseException:
+        for module, modules in children.items():
+            module._modules.clear()
+            module._modules.update(modules)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for name in set(vars(model)) - names:
+            delattr(model, name)
+        raise
+
+
 def load_weights(peft_model: PeftModel, folder: Path) -> None:
     """Overwrite the LoRA tensors of an attached adapter with those in `folder`.
 
     Raises:
         BunnyLoraError: the weights are missing, unreadable, or hold values that are not finite.
-        ValueError: they do not fit: other names or other shapes.
+        ValueError: they do not fit: other names or other shapes; nothing is overwritten then.
     """
-    try:
-        state = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BunnyLoraError(
-            f"The weights in {folder} cannot be read safely: {reason}. They are cut off, damaged, or a"
-            " pickle that holds more than tensors; use another checkpoint."
-        ) from None
-    if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise BunnyLoraError(f"The weights in {folder} hold NaN or infinity in {bad[0]}.")
+    _put(peft_model, read_weights(folder))
+
+
+def _put(peft_model: PeftModel, state: dict[str, torch.Tensor]) -> None:
     wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     state = {_known_name(name, wanted): tensor for name, tensor in state.items()}
     if different := sorted(set(state) ^ set(wanted)):
         raise ValueError(f"{len(different)} tensors have no counterpart, {different[0]} among them")
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+            raise ValueError(f"{name} has the shape {shapes}")
     set_peft_model_state_dict(peft_model, state)
 
 
@@ -141,16 +169,6 @@ def _known_name(name: str, wanted: dict[str, torch.Tensor]) -> str:
     """Older transformers wrapped CLIP's encoder in `text_model.`; newer ones do not."""
     shorter = name.replace("text_model.", "", 1)
     return shorter if name not in wanted and shorter in wanted else name
-
-
-def check_adapter(folder: Path) -> None:
-    """Raise BunnyLoraError unless `folder` looks like one PEFT adapter."""
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    if not (folder / "adapter_config.json").is_file() or not any((folder / n).is_file() for n in names):
-        raise BunnyLoraError(
-            f"No LoRA adapter in {folder}: adapter_config.json and {' or '.join(names)} are needed."
-            " Name a folder such as outputs/lora_weights/final or …/checkpoint-100."
-        )
 
 
 def adapter_parts(weights_dir: Path) -> dict[str, Path]:

@@ -23,6 +23,16 @@ from pydantic import (
 )
 
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.values import (
+    MAX_NUMBER,
+    MAX_SHOWN,
+    OwnFolder,
+    Recorded,
+    is_text,
+    kinds_of,
+    shown,
+)
+from bunny_lora.yaml_file import parse_yaml
 
 # An old document's name for the model: its maker's list holds no such repository.
 UNLISTED_MODELS = {"nota-ai/sd-v1-5-tiny": "nota-ai/bk-sdm-tiny"}
@@ -47,11 +57,25 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _fits(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be taken for something else, or could not be written down again."""
+        kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float}:
+            raise ValueError(f"should be a number (got {value})")
+        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"should be a smaller number (got {shown(value)})")
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not is_text(text) for text in texts):
+            raise ValueError(f"has control characters or halves of characters in it: {shown(value)}")
+        return value
+
 
 class LoRASection(Section):
     """Low-rank adapters, https://arxiv.org/abs/2106.09685: ΔW = (alpha / rank) · B · A."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=4096)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
@@ -97,7 +121,7 @@ class PriorPreservationSection(Section):
     enabled: bool = False
     num_class_images: int = Field(100, ge=1)
     class_prompt: str = Field("cartoon character", min_length=1)
-    class_data_dir: str = "training_data/class_images"
+    class_data_dir: OwnFolder = "training_data/class_images"
     prior_loss_weight: float = Field(1.0, ge=0)
 
 
@@ -123,18 +147,20 @@ class EvaluationSection(Section):
 class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
-    base_model: str = "nota-ai/bk-sdm-tiny"
+    base_model: Recorded = "nota-ai/bk-sdm-tiny"
     method: Literal["lora"] = "lora"
-    output_dir: str = "outputs/lora_weights"
+    output_dir: OwnFolder = "outputs/lora_weights"
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    source: str = "auto"
+    source: Recorded = "auto"
     min_confidence: float = Field(0.5, ge=0, le=1)
-    data_dir: str = "training_data/instance_images"
+    # Pictures are read inside the project and the run only; this follows recorded paths anywhere.
+    allow_outside_paths: bool = False
+    data_dir: OwnFolder = "training_data/instance_images"
     instance_prompt: str = "cartoon character"
-    resolution: int = Field(512, ge=8, multiple_of=8)
+    resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
     center_crop: bool = True
     random_flip: bool = False
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=256)
     pin_memory: bool = False
     use_8bit_adam: bool = False
     resume: Literal["auto", "never"] = "auto"
@@ -148,6 +174,8 @@ class Config(Section):
     @field_validator("base_model")
     @classmethod
     def _listed(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("takes a folder or the name of a hub repository, no address")
         if suggestion := UNLISTED_MODELS.get(value):
             raise ValueError(
                 f"{value} is a name from old documents that its maker does not list;"
@@ -179,7 +207,15 @@ class Config(Section):
 
     def given_yaml(self) -> str:
         """Return only what the user set, in the file and beside it, as such a file."""
-        return _as_file(self._given)
+        return _as_file(_only(self._given, self.model_dump(mode="json")))
+
+
+def _only(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given keys with their validated values: no raw path, nothing that YAML cannot hold."""
+    return {
+        key: _only(value, values[key]) if isinstance(value, Mapping) else values[key]
+        for key, value in given.items()
+    }
 
 
 def _as_file(section: Mapping[str, Any]) -> str:
@@ -218,17 +254,20 @@ def read_section(path: Path) -> dict[str, Any]:
         BunnyLoraError: no such file, no YAML, or no such section.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        data = parse_yaml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise BunnyLoraError(f"No configuration at {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BunnyLoraError(f"{path} is not a YAML file: {error}") from error
+    except UnicodeDecodeError as error:
+        message = f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
+        raise BunnyLoraError(message) from None
+    except ValueError as error:  # An impossible name (NUL) too.
+        raise BunnyLoraError(f"{path} is not a YAML file we can read: {error}") from error
     if not isinstance(data, dict) or "finetuning" not in data:
         raise BunnyLoraError(f"{path} has no `finetuning:` section; see params/cpu.yaml for one.")
-    section = data["finetuning"] or {}  # All keys commented out: the defaults.
+    section = {} if data["finetuning"] is None else data["finetuning"]  # All commented out: defaults.
     if not isinstance(section, dict):
         raise BunnyLoraError(
-            f"{path}: `finetuning:` holds no keys but {section!r}; see params/cpu.yaml."
+            f"{path}: `finetuning:` holds no keys but {shown(section)}; see params/cpu.yaml."
         )
     return section
 
@@ -271,19 +310,19 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
     try:
-        set_key(overrides, dotted, yaml.safe_load(value))
-    except yaml.YAMLError as error:
+        set_key(overrides, dotted, parse_yaml(value))
+    except ValueError as error:
         raise BunnyLoraError(f"--set {assignment}: the value is not YAML: {error}") from error
 
 
 def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
+    location = [str(part)[:MAX_SHOWN] for part in item["loc"]]
     if item["type"] == "extra_forbidden":
         return f"{'.'.join(location)}: unknown key{_nearest(location)}"
     message = item["msg"].removeprefix("Value error, ")
     if not location:
         return message
-    given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    given = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"
     return f"{'.'.join(location)}: {message}{given}"
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from bunny_lora.colours import is_16_bit, is_srgb, to_srgb
 
 # Only decoders that are pure and common: others call programs (EPS) or open further files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -26,6 +27,7 @@ MAX_SIDE_PX = 20_000
 MAX_ASPECT = 4  # A square crop of anything longer shows less than a quarter of the picture.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against decompression bombs.
 
+MAX_SHOWN = 120  # Characters of a path in a reason.
 MAX_TAIL_PARTS = 16  # How much of a recorded path is looked for under other folders.
 
 
@@ -34,24 +36,13 @@ class LeftOutError(Exception):
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """Return the picture upright, in 8-bit RGB, transparency on white, the first frame of many.
+    """Return the picture upright, in 8-bit sRGB, transparency on white, the first frame of many.
 
     Raises:
         OSError, ValueError or another of Pillow's: the file is no picture or a broken one.
     """
     with Image.open(path, formats=FORMATS) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed white")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return image.convert("RGB")
+        return to_srgb(image)
 
 
 def inspect(path: Path) -> tuple[int, int]:
@@ -70,12 +61,14 @@ def inspect(path: Path) -> tuple[int, int]:
     except LeftOutError:
         raise
     except UnidentifiedImageError:
-        raise LeftOutError(f"broken image: {path.name} is not a picture in a known format") from None
+        what = "is not a picture in a known format" if path.stat().st_size else "is an empty file"
+        raise LeftOutError(f"broken image: {path.name} {what}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{MAX_PIXELS / 1e6:.0f} million pixels"
         raise LeftOutError(f"absurd image: {path.name} has more than {limit}") from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over.
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        detail = detail.replace(str(path), path.name)
         raise LeftOutError(f"broken image: {path.name}: {detail}") from None
 
 
@@ -94,12 +87,14 @@ def _check_size(name: str, width: int, height: int) -> None:
 def plain_suffix(path: Path) -> str | None:
     """Return the file name's ending if the bytes can be used as they are, else None."""
     with Image.open(path, formats=FORMATS) as image:
+        deep = is_16_bit(image)  # Asked first: reading the EXIF may decode the pixels.
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
         opaque = image.mode == "RGB" and not image.has_transparency_data
+        usual = is_srgb(image.info.get("icc_profile")) and not deep
         still = not getattr(image, "is_animated", False)
         suffix = path.suffix.lower()
         honest = suffix in PLAIN_SUFFIXES.get(image.format or "", ())
-        return suffix if upright and opaque and still and honest else None
+        return suffix if upright and opaque and usual and still and honest else None
 
 
 def plain_bytes(path: Path) -> bytes:
@@ -118,11 +113,12 @@ def is_inside(path: Path, folders: Sequence[Path]) -> bool:
 
 
 class Finder:
-    """Looks for recorded pictures, also of a moved run, but never outside the allowed folders."""
+    """Looks for recorded pictures, also of a moved run; outside the allowed folders only if told to."""
 
-    def __init__(self, base: Path, allowed: Sequence[Path]) -> None:
+    def __init__(self, base: Path, allowed: Sequence[Path], *, anywhere: bool = False) -> None:
         """`base` is the run folder or the folder of pictures; it is always allowed."""
         self.base = base.resolve()
+        self.anywhere = anywhere
         self.allowed = [self.base, *(folder.resolve() for folder in allowed)]
 
     def find(self, recorded: str) -> Path:
@@ -132,27 +128,26 @@ class Finder:
             LeftOutError: it is nowhere, or only where we must not read.
         """
         tail = _tail(recorded)
-        shown = "/".join(tail[-2:])  # Never the whole path: it may be somebody's home.
+        shown = "/".join(tail[-2:])[-MAX_SHOWN:]  # Never the whole path: it may be somebody's home.
         outside = False
         for candidate in self._candidates(recorded, tail):
             if not is_file(candidate):
                 continue
-            if is_inside(candidate, self.allowed):
+            if self.anywhere or is_inside(candidate, self.allowed):
                 return candidate.resolve()
             outside = True
         if outside:
             raise LeftOutError(
-                f"outside the project and the run folder: {shown} (copy it into the run)"
+                f"outside the project and the run folder: {shown} (copy it into the run, or set"
+                " allow_outside_paths: true)"
             )
         raise LeftOutError(f"missing frame: {shown or 'no path recorded'}")
 
     def _candidates(self, recorded: str, tail: list[str]) -> Iterator[Path]:
         """As given; from the run folder and the folders above it that are ours; by ever less of it."""
-        above = [folder for folder in self.base.parents if is_inside(folder, self.allowed)]
-        bases = [self.base, *above]
-        yield from (base / recorded for base in bases)
+        yield from (base / recorded for base in self._bases)
         for start in range(len(tail)):
-            yield from (base.joinpath(*tail[start:]) for base in bases)
+            yield from (base.joinpath(*tail[start:]) for base in self._bases)
         if tail:
             yield from self._by_tail(tail)
 
@@ -166,6 +161,11 @@ class Finder:
         ranked = sorted(self._index.get(tail[-1], []), key=alike, reverse=True)
         unique = len(ranked) == 1 or (len(ranked) > 1 and alike(ranked[0]) > alike(ranked[1]))
         return ranked[:1] if unique else []
+
+    @cached_property
+    def _bases(self) -> list[Path]:
+        above = [folder for folder in self.base.parents if is_inside(folder, self.allowed)]
+        return [self.base, *above]
 
     @cached_property
     def _index(self) -> dict[str, list[Path]]:
@@ -187,5 +187,13 @@ def is_file(path: Path) -> bool:
     """Whether there is a file; False, not an error, for names that no file can have."""
     try:
         return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; likewise."""
+    try:
+        return path.is_dir()
     except (OSError, ValueError):
         return False

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bunny_lora import adapters, components, runs
+from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 
@@ -68,7 +69,7 @@ def recorded_base_model(weights_dir: Path | None) -> str:
         if (weights_dir.parent / "config.yaml").is_file():
             return load_config(weights_dir.parent / "config.yaml").base_model
         folder = next(iter(adapters.adapter_parts(weights_dir).values()))
-        if name := runs.read_json(folder / "adapter_config.json").get("base_model_name_or_path"):
+        if name := read_config(folder).base_model_name_or_path:
             return name
     raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
 
@@ -144,6 +145,19 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically, with the picture's settings in its `parameters` text."""
     metadata = PngInfo()
     if "parameters" in image.info:
-        metadata.add_itxt("parameters", image.info["parameters"])
+        # A prompt from a command line may hold bytes that are no text.
+        text = image.info["parameters"].encode("utf-8", "replace").decode()
+        metadata.add_itxt("parameters", text)
     with runs.atomic_path(path) as part:
         image.save(part, format="PNG", pnginfo=metadata)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings that `save_image` put into a PNG; None of any other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # The text may follow the pixels.
+            settings = json.loads(image.info["parameters"])
+    except Exception:  # Pillow's decoders raise whatever they trip over.
+        return None
+    return settings if isinstance(settings, dict) else None

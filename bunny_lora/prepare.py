@@ -13,8 +13,8 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """Write `config.data_dir` from `config.source` and return the summary, `data_summary.json`.
 
     Args:
-        config: source, data_dir, min_confidence, instance_prompt and base_model (for its tokenizer)
-            are read.
+        config: source, data_dir, min_confidence, instance_prompt, allow_outside_paths and base_model
+            (for its tokenizer) are read.
         overwrite: also where the prepared data was edited by hand; the edited folder is kept beside.
 
     Raises:
@@ -41,4 +41,5 @@ def _read(config: Config) -> stage4.Source:
         stage4.find_source(config.source),
         min_confidence=config.min_confidence,
         instance_prompt=config.instance_prompt,
+        allow_outside_paths=config.allow_outside_paths,
     )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bunny_lora import adapters, components, inference, runs
 from bunny_lora.config import Config
@@ -204,15 +203,10 @@ def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
 
 def made_by(path: Path) -> dict[str, Any] | None:
     """Return what made a picture, without its time; None of a file that is missing or damaged."""
-    try:
-        made = parameters(path)
-    except (OSError, KeyError, ValueError, SyntaxError):
-        return None
-    return {key: value for key, value in made.items() if key != "seconds"}
+    made = {key: value for key, value in parameters(path).items() if key != "seconds"}
+    return made or None
 
 
 def parameters(path: Path) -> dict[str, Any]:
-    """Return the settings that a PNG carries, after reading all of it."""
-    with Image.open(path) as image:
-        image.load()
-        return json.loads(image.info["parameters"])
+    """Return the settings that a PNG carries, after reading all of it; none if it is damaged."""
+    return inference.read_settings(path) or {}

@@ -17,11 +17,20 @@ from typing import Any
 from bunny_lora import runs
 from bunny_lora.captions import Box, Entry, clean, entry_from_record
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import SUFFIXES, Finder, LeftOutError, inspect, is_file, is_inside
+from bunny_lora.images import (
+    SUFFIXES,
+    Finder,
+    LeftOutError,
+    inspect,
+    is_file,
+    is_folder,
+    is_inside,
+)
 from bunny_lora.progress import progress
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
 METADATA = "metadata.jsonl"
+MAX_DIGITS = 4000
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def _as_source(path: Path) -> Path | None:
             return json_path
     if is_file(path) and path.suffix == ".json":
         return path
-    return path if path.is_dir() and (is_file(path / METADATA) or _pictures(path)) else None
+    return path if is_folder(path) and (is_file(path / METADATA) or _pictures(path)) else None
 
 
 def _unknown(name: str) -> str:
@@ -118,20 +127,28 @@ def _unknown(name: str) -> str:
     hint = f" Did you mean {near[0]}?" if near else ""
     listed = f"Runs under outputs/: {', '.join(known)}." if known else "There is no run under outputs/."
     return (
-        f"No source {name!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path of a"
-        f" run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
+        f"No source {name[:200]!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path"
+        f" of a run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
     )
 
 
-def read_source(path: Path, *, min_confidence: float = 0.5, instance_prompt: str = "") -> Source:
+def read_source(
+    path: Path,
+    *,
+    min_confidence: float = 0.5,
+    instance_prompt: str = "",
+    allow_outside_paths: bool = False,
+) -> Source:
     """Read and clean a source; every picture in `frames` has been decoded once and is good.
 
-    Pictures are read only inside the project root, the run folder, or the folder named.
+    Pictures are read only inside the project root, the run folder, or the folder named, unless
+    `allow_outside_paths`.
 
     Args:
         path: what `find_source` returns, or a run folder.
         min_confidence: stage-4 entries below it are left out; a missing confidence counts as 0.
         instance_prompt: the caption of pictures in a plain folder that have none.
+        allow_outside_paths: read a picture wherever its recorded path leads.
 
     Raises:
         BunnyLoraError: there is no source, or it cannot be read as a whole.
@@ -148,7 +165,8 @@ def read_source(path: Path, *, min_confidence: float = 0.5, instance_prompt: str
         entries = [entry_from_record(record, n, min_confidence) for n, record in enumerate(records, 1)]
         kind, threshold = "stage-4", min_confidence
         folder = found.parent.parent if found.parent.name == RUN_JSON.parent.name else found.parent
-    frames, dropped = _look_for(entries, Finder(folder, [runs.project_root()]))
+    finder = Finder(folder, [runs.project_root()], anywhere=allow_outside_paths)
+    frames, dropped = _look_for(entries, finder)
     return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
 
 
@@ -195,7 +213,8 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     again = "Let stage 4 finish or run it again, or name another run with `source:`."
     try:
         raw = path.read_bytes()
-        records = json.loads(raw)  # From bytes: takes a byte-order mark, and UTF-16 too.
+        # From bytes: takes a byte-order mark, and UTF-16 too.
+        records = json.loads(raw, parse_int=_integer)
     except OSError as error:
         raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -208,6 +227,11 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     if not records:
         raise BunnyLoraError(f"{path} is an empty list: stage 4 described no frame. {again}")
     return raw, records
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read endless numbers; one of them spoils its own entry only."""
+    return int(digits) if len(digits) < MAX_DIGITS else float(digits)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -235,7 +259,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, parse_int=_integer)
             except (ValueError, RecursionError):
                 yield number, None
 

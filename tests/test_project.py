@@ -20,9 +20,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports what stands below it, or its neighbours where that makes no circle.
 LAYERS = {
-    "ground": {"errors", "config", "runs", "seeding", "progress"},
-    "data": {"captions", "images", "stage4", "data_summary", "dataset"},
-    "model": {"bpe", "standins", "components", "adapters", "formats", "diffusion"},
+    "ground": {"errors", "yaml_file", "values", "config", "runs", "seeding", "progress"},
+    "data": {"captions", "colours", "images", "stage4", "data_summary", "dataset"},
+    "model": {"bpe", "standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
     "training": {
         *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
         *("trainer", "inference"),

@@ -1,0 +1,62 @@
+"""What a single value of the configuration may be, and how it is recorded and shown."""
+
+from __future__ import annotations
+
+import reprlib
+import unicodedata
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, Field
+
+from bunny_lora import runs
+
+MAX_NUMBER = 2**63 - 1
+MAX_SHOWN = 100  # Characters of a key in a message.
+
+
+def _portable(path: str) -> str:
+    """Return a path as it is recorded everywhere: without the user's name where that can be.
+
+    From the project root if it lies inside, from `~` if in the home folder; both are found again.
+    """
+    if any(unicodedata.category(c) == "Cc" for c in path):
+        raise ValueError("has a line break or a control character in it")
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError("starts with the home folder of an unknown user") from None
+    root, home = runs.project_root(), Path("~").expanduser()
+    if expanded.is_absolute() and expanded.is_relative_to(root):
+        return expanded.relative_to(root).as_posix()
+    if expanded.is_absolute() and len(home.parts) > 1 and expanded.is_relative_to(home):
+        return f"~/{expanded.relative_to(home).as_posix()}"
+    return path
+
+
+def _own_folder(path: str) -> str:
+    if not [part for part in Path(path).parts[path[:1] == "~" :] if part not in ("..", "/")]:
+        raise ValueError(f"{path} is the project, your home or a folder around it; name one inside")
+    return path
+
+
+Recorded = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
+OwnFolder = Annotated[Recorded, AfterValidator(_own_folder)]
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """Return the types in a union, or the one type."""
+    return {annotation, *get_args(annotation)}
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written to any file and read back the same."""
+    return all(c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") for c in text)
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: short, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # A number with more digits than Python writes.
+        return f"a {type(value).__name__} that cannot be shown"
