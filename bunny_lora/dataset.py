@@ -6,10 +6,12 @@ beside them with one `{"file_name": …, "text": …}` a line. `data_summary.jso
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from bunny_lora.images import is_file, is_inside, open_rgb, plain_bytes, plain_s
 from bunny_lora.progress import progress
 from bunny_lora.stage4 import METADATA, Frame, Source, json_lines
 
+T = TypeVar("T")
 MAX_STEM_CHARACTERS = 80
 # `datasets` takes a file that has one of these words in its name for a part of its own, without texts.
 SPLIT_WORDS = re.compile(
@@ -162,8 +165,21 @@ def _plan(frames: list[Frame], tokenizer: Any) -> list[Item]:
         if tokenizer is not None:
             text = name_first(text, frame.characters, tokenizer)
             tokens = count_tokens(text, tokenizer)
-        items.append(Item(frame, _file_name(frame.path, taken), text, tokens))
+        items.append(Item(frame, _unchanged(_file_name, frame.path, taken), text, tokens))
     return items
+
+
+def _unchanged(use: Callable[..., T], path: Path, *arguments: Any) -> T:
+    """Use a picture that was good when the source was read."""
+    try:
+        return use(path, *arguments)
+    except Exception as error:  # Pillow's decoders raise whatever they trip over.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
+        raise BunnyLoraError(
+            f"{path.name} changed while it was read. What was prepared before is untouched: run the"
+            " same command again."
+        ) from error
 
 
 def _file_name(path: Path, taken: set[str]) -> str:
@@ -202,7 +218,7 @@ def _build(items: list[Item], text: str, folder: Path) -> list[str]:
     folder.mkdir()
     hashes = []
     for item in progress(items, desc="Writing training images", delay=2.0):
-        data = plain_bytes(item.frame.path)
+        data = _unchanged(plain_bytes, item.frame.path)
         (folder / item.file_name).write_bytes(data)
         hashes.append(sha256_hex(data))
     (folder / METADATA).write_bytes(text.encode())

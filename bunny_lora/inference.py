@@ -109,14 +109,12 @@ def generate_image(
         lora_scale: strength of the adapter, 0 (the base model) to 1 (as trained) and beyond.
 
     Raises:
-        BunnyLoraError: width or height is no positive multiple of 8.
+        BunnyLoraError: width or height is no positive multiple of 8, or the seed no 64-bit number.
     """
     native = pipe.unet.config.sample_size * pipe.vae_scale_factor
     width, height = native if width is None else width, native if height is None else height
-    if width % 8 or height % 8 or min(width, height) < 8:
-        raise BunnyLoraError(
-            f"{width} x {height} pixels cannot be drawn: width and height must be multiples of 8."
-        )
+    _refuse_impossible(width, height, seed)
+    prompt = prompt.encode("utf-8", "replace").decode()  # A command line may hold bytes of no text.
     settings: dict[str, Any] = {
         "seed": seed,
         "num_inference_steps": num_inference_steps,
@@ -129,6 +127,15 @@ def generate_image(
     image = components.draw_image(pipe, prompt, **settings)
     image.info["parameters"] = json.dumps({"prompt": prompt} | settings, ensure_ascii=False)
     return image
+
+
+def _refuse_impossible(width: int, height: int, seed: int) -> None:
+    if width % 8 or height % 8 or min(width, height) < 8:
+        raise BunnyLoraError(
+            f"{width} x {height} pixels cannot be drawn: width and height must be multiples of 8."
+        )
+    if not 0 <= seed < 2**64:
+        raise BunnyLoraError(f"seed {seed} cannot be used: it must be from 0 to 2^64 - 1.")
 
 
 def generate_images(

@@ -103,3 +103,27 @@ def test_a_base_model_of_other_shapes_is_refused(run_dir: Path, tmp_path: Path) 
 def test_sizes_that_cannot_be_drawn_are_refused(pipe: StableDiffusionPipeline, size: tuple) -> None:
     with pytest.raises(BunnyLoraError, match="multiples of 8"):
         inference.generate_image(pipe, "ellie", width=size[0], height=size[1])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_that_torch_does_not_take_are_refused(pipe: StableDiffusionPipeline, seed: int) -> None:
+    with pytest.raises(BunnyLoraError, match=f"seed {seed} cannot be used"):
+        inference.generate_image(pipe, "ellie", seed=seed, **FAST)
+
+
+def test_a_prompt_with_halves_of_characters_is_drawn_and_recorded(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    inference.save_image(inference.generate_image(pipe, "rex \udc80", **FAST), tmp_path / "out.png")
+    settings = inference.read_settings(tmp_path / "out.png")
+    assert settings is not None and settings["prompt"] == "rex ?"
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, None, "nan"])
+def test_a_png_without_readable_settings_has_none(tmp_path: Path, text: str | None) -> None:
+    image = Image.new("RGB", (8, 8))
+    if text is not None:
+        image.info["parameters"] = text
+    inference.save_image(image, tmp_path / "out.png")
+    assert inference.read_settings(tmp_path / "out.png") is None
+    assert inference.read_settings(tmp_path / "absent.png") is None
