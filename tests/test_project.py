@@ -20,12 +20,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports what stands below it, or its neighbours where that makes no circle.
 LAYERS = {
-    "ground": {"errors", "config", "runs", "seeding", "progress"},
+    "ground": {"errors", "config", "runs", "run_lock", "run_log", "interrupts", "seeding", "progress"},
     "data": {"captions", "images", "stage4", "data_summary", "dataset"},
     "model": {"standins", "components", "adapters", "formats", "diffusion"},
     "training": {
-        *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
-        *("trainer", "inference"),
+        *("prepare", "latents", "learning", "checkpoint", "identity", "resume", "banner"),
+        *("samples", "supervision", "trainer", "inference"),
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),
