@@ -17,7 +17,7 @@ from types import FrameType
 from bunny_lora.errors import BunnyLoraError
 
 NAMES = {
-    "SIGINT": "a stop (Ctrl-C)",
+    "SIGINT": "Ctrl-C or the stop button",
     "SIGTERM": "a request to end (SIGTERM)",
     "SIGHUP": "a closed terminal",
 }
