@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test notebooks lint lab lock clean
+.PHONY: help demo test torture notebooks lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -47,6 +47,9 @@ test: lint ## Lint, types, fast tests, and the notebooks at smoke size
 	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	    $(NOTEBOOKS:%=notebooks/%.ipynb)
 	@echo "All passed: lint, format, types, tests, notebooks $(NOTEBOOKS)."
+
+torture: $(INSTALLED) ## Kill training 55 times, resume, and compare every byte; about ten minutes
+	$(BIN)/python tests/torture.py --kills 50 --papermill 5
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace

@@ -1,11 +1,15 @@
 """The whole training state on disk, without pickle: adapters, optimiser moments, schedule, position.
 
-Random numbers need no state: each is a function of (seed, purpose, position).
+Random numbers need no state: each is a function of (seed, purpose, position). Nor do accumulated
+gradients: a checkpoint lies between two steps, where there are none.
 """
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,25 @@ from bunny_lora import adapters, runs
 from bunny_lora.errors import BunnyLoraError
 
 STATE, OPTIMIZER = "training_state.json", "optimizer.safetensors"
+SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
+KEEP = "keep"  # the user's mark in a checkpoint's folder
+N_NEWEST = 2  # never removed: where the newest turns out damaged, the one before is taken
+
+
+@dataclass
+class TrainingState:
+    """Everything that a step changes. `skipped` counts steps without an update, in all and in a row."""
+
+    models: dict[str, PeftModel]
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+# ---------------------------------------------------------------------------- save and load
 
 
 def save_adapters(folder: Path, models: dict[str, PeftModel]) -> None:
@@ -30,58 +53,59 @@ def save_adapters(folder: Path, models: dict[str, PeftModel]) -> None:
 
 
 def save_checkpoint(
-    folder: Path,
-    models: dict[str, PeftModel],
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler,
-    step: int,
+    folder: Path, state: TrainingState, about: dict[str, Any], *, milestone: bool = True
 ) -> None:
-    """Write `folder` atomically: adapters as in `save_adapters`, and what is needed to go on."""
-    state = optimizer.state_dict()
+    """Write `folder` atomically: adapters as in `save_adapters`, and what is needed to go on.
+
+    Args:
+        folder: `checkpoint-<step>`.
+        state: what to write; it is between two steps.
+        about: whose state it is; written beside it.
+        milestone: false for a checkpoint that is there only to go on from, until a newer one is.
+    """
+    optimizer = state.optimizer.state_dict()
     moments = {
         f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in state["state"].items()
+        for index, values in optimizer["state"].items()
         for name, value in values.items()
     }
+    position = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "milestone": milestone,
+        "param_groups": optimizer["param_groups"],
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+    }
     with runs.atomic_path(folder) as part:
-        for name, model in models.items():
+        for name, model in state.models.items():
             adapters.save_adapter(model, part / name)
         save_file(moments, part / OPTIMIZER)
-        position = {
-            "step": step,
-            "param_groups": state["param_groups"],
-            "lr_scheduler": lr_scheduler.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        runs.write_json(part / STATE, position)
+        runs.write_json(part / STATE, position | about)
+        runs.write_text(part / SUMS, _sums(part))
 
 
-def load_checkpoint(
-    folder: Path,
-    models: dict[str, PeftModel],
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> int:
-    """Put everything back in place and return the step that the checkpoint was written after.
+def load_checkpoint(folder: Path, state: TrainingState) -> None:
+    """Put everything back in place.
 
     Raises:
         BunnyLoraError: a part of it is missing, unreadable, or belongs to another run.
     """
     saved = runs.read_json(folder / STATE)
     try:
-        for name, model in models.items():
+        for name, model in state.models.items():
             adapters.load_weights(model, folder / name)
         moments = load_file(folder / OPTIMIZER)
-        optimizer.load_state_dict(
+        state.optimizer.load_state_dict(
             {"state": _by_parameter(moments), "param_groups": saved["param_groups"]}
         )
+        state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        state.scaler.load_state_dict(saved["scaler"])
+        state.step, state.skipped = saved["step"], saved["skipped"]
+        state.skipped_in_a_row = saved["skipped_in_a_row"]
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BunnyLoraError(f"The checkpoint {folder} cannot be resumed from: {error}") from error
-    lr_scheduler.load_state_dict(saved["lr_scheduler"])
-    scaler.load_state_dict(saved["scaler"])
-    return saved["step"]
 
 
 def _by_parameter(moments: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
@@ -92,6 +116,61 @@ def _by_parameter(moments: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]
     return state
 
 
+# ---------------------------------------------------------------------------- whole or damaged
+
+
+def _sums(folder: Path) -> str:
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None if each is as it was written."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {line[66:]: line[:64] for line in lines}
+        if STATE not in sums:
+            return f"{SUMS} is cut off"
+        for name, digest in sums.items():
+            if _sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to the first free `<why>-<name>`, where nothing looks for it."""
+    aside, number = folder.with_name(f"{why}-{folder.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{why}-{folder.name}-{number}")
+    folder.rename(aside)
+    return aside
+
+
+def same_adapters(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same adapters to the byte."""
+    parts = adapters.PARTS
+    names = {
+        p.relative_to(f) for f in (first, second) for n in parts for p in (f / n).glob("adapter_*")
+    }
+    shared = [str(name) for name in names]
+    return bool(shared) and len(filecmp.cmpfiles(first, second, shared, shallow=False)[0]) == len(
+        shared
+    )
+
+
+# ---------------------------------------------------------------------------- which there are
+
+
 def list_checkpoints(run_dir: Path) -> dict[int, Path]:
     """Return the checkpoints of a run by step, oldest first; half-written ones are never seen."""
     found = {}
@@ -99,3 +178,35 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
         if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name)) and (folder / STATE).is_file():
             found[int(match[1])] = folder
     return dict(sorted(found.items()))
+
+
+def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> None:
+    """Remove the checkpoints that nobody needs any more.
+
+    The newest two stay until the run has finished, milestones stay (the last `keep` of them, None is
+    all), and so do those that hold a file `keep` or that the evaluation speaks of.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    milestones = [step for step, folder in checkpoints.items() if _is_milestone(folder)]
+    kept = set(milestones if keep is None else milestones[-keep:])
+    kept |= {step for step, folder in checkpoints.items() if (folder / KEEP).exists()}
+    kept |= set(list(checkpoints)[-1:] if finished else list(checkpoints)[-N_NEWEST:])
+    judged = _judged(run_dir)
+    for step, folder in checkpoints.items():
+        if step not in kept and folder.name not in judged:
+            runs.remove(folder)
+
+
+def _is_milestone(folder: Path) -> bool:
+    try:
+        return runs.read_json(folder / STATE)["milestone"]
+    except (BunnyLoraError, KeyError, TypeError):
+        return True
+
+
+def _judged(run_dir: Path) -> set[str]:
+    path = run_dir / "evaluation" / "eval.json"
+    try:
+        return set(runs.read_json(path)["models"]) if path.is_file() else set()
+    except (BunnyLoraError, KeyError, TypeError):
+        return set()

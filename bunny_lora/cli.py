@@ -10,14 +10,21 @@ from typing import Any
 
 from bunny_lora import __version__
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.interrupts import StoppedError
 from bunny_lora.session import open_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 with a message and no traceback for a user's mistake."""
+    """Run one command; return 0, or 2 with a message and no traceback for a user's mistake.
+
+    A run that was stopped returns 128 + the signal's number, as a shell does: 130 or 143.
+    """
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
+    except StoppedError as stop:
+        print(f"bunny-lora: {stop}", file=sys.stderr)
+        return stop.exit_code
     except BunnyLoraError as error:
         print(f"bunny-lora: {error}", file=sys.stderr)
         return 2
@@ -41,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = _with_config(commands.add_parser("train", help="train LoRA, or go on with a run"))
     train.add_argument("--max-steps", type=int, help="training.max_train_steps")
     train.add_argument("--output-dir", help="the run's folder")
+    train.add_argument("--resume", help="auto, never, or a checkpoint: its step, folder's name or path")
     train.set_defaults(run=_train)
 
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
@@ -107,7 +115,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from bunny_lora.trainer import LoRATrainer
 
-    named = {"max_steps": options.max_steps, "output_dir": options.output_dir}
+    named = {name: getattr(options, name) for name in ("max_steps", "output_dir", "resume")}
     LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
 
 

@@ -98,6 +98,10 @@ class TrainingSection(Section):
     snr_gamma: float | None = Field(None, gt=0)
     seed: int = Field(42, ge=0)
     save_steps: int = Field(100, ge=1)
+    # Between those, a checkpoint to go on from each so many minutes; only the newest two of these stay.
+    save_minutes: float | None = Field(10.0, gt=0)
+    # How many checkpoints of save_steps stay; None: all. Those marked by a file `keep` always do.
+    keep_checkpoints: int | None = Field(None, ge=1)
     logging_steps: int = Field(10, ge=1)
     validation_prompt: str | list[str] = Field(default_factory=list)
     num_validation_images: int = Field(2, ge=0)
@@ -163,7 +167,7 @@ class Config(Section):
     num_workers: int = Field(0, ge=0, le=256)
     pin_memory: bool = False
     use_8bit_adam: bool = False
-    resume: Literal["auto", "never"] = "auto"
+    resume: int | str = "auto"  # "never", or a checkpoint: its step, its folder's name or path
     lora: LoRASection = LoRASection()
     training: TrainingSection = TrainingSection()
     prior_preservation: PriorPreservationSection = PriorPreservationSection()

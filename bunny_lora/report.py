@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
-from bunny_lora import runs
+from bunny_lora import run_log, runs
 from bunny_lora.config import load_config
 from bunny_lora.dataset import ImageDataset, known_images
 from bunny_lora.errors import BunnyLoraError
@@ -212,21 +212,22 @@ def _thumbnail(path: str | None, origin_dir: Path | None) -> str:
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """Return one record a step; of a step logged twice the later one, a cut-off last line is ignored.
+    """Return one record a step, with its times; of a step logged twice the later one.
 
     Raises:
         BunnyLoraError: the run has no log, or nothing in it.
     """
-    path, records = run_dir / "log.jsonl", {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        records[record["step"]] = record
-    if not records:
-        raise BunnyLoraError(f"No training steps in {path}: train first.")
-    return [records[step] for step in sorted(records)]
+    records: dict[int, dict[str, Any]] = {}
+    for name in (run_log.LOG, run_log.TIMING):
+        for record in run_log.read_lines(run_dir / name):
+            records[record["step"]] = records.get(record["step"], {}) | record
+    log = [records[step] for step in sorted(records) if "loss" in records[step]]
+    if not log:
+        raise BunnyLoraError(f"No training steps in {run_dir / run_log.LOG}: train first.")
+    for record in log:
+        if record["loss"] is None:  # A step that was skipped, for its loss was not finite.
+            record["loss"] = math.nan
+    return log
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -237,7 +238,7 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 def loss_curve(run_dir: Path) -> Figure:
     """Show the loss of every step, its running mean, and the learning rate on a second axis."""
-    log = read_log(run_dir)
+    log = [record for record in read_log(run_dir) if math.isfinite(record["loss"])] or read_log(run_dir)
     steps, losses = [r["step"] for r in log], [r["loss"] for r in log]
     window = max(1, len(log) // 10)
     part = max(1, len(log) // 5)

@@ -1,51 +1,54 @@
 """Whether a run folder is begun, gone on with, or refused.
 
-Going on is right only where the result is what an unbroken run would have given: so the old and the
-new configuration may differ in nothing that changes the mathematics.
+Going on is right only where the result is what an unbroken run would have given: so the old run and the
+new one may differ in nothing that changes the mathematics.
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import runs
-from bunny_lora.checkpoint import list_checkpoints
+from bunny_lora import checkpoint, identity, run_log, runs
 from bunny_lora.config import Config, load_config
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.identity import Identity
 
-# The data's identity is its hash, not its path; the rest changes when things are written, not what.
-HARMLESS = {
-    "output_dir", "data_dir", "source", "min_confidence", "resume", "num_workers", "pin_memory",
-    "sampling", "evaluation", "training.save_steps", "training.logging_steps",
-    "training.validation_prompt", "training.num_validation_images", "training.gradient_checkpointing",
-    "prior_preservation.class_data_dir",
-}  # fmt: skip
+WAY_OUT = "Set output_dir to a new folder, or resume: never to begin anew (the old run is kept)."
 
 
-def open_run(run_dir: Path, config: Config, data_sha256: str) -> Path | None:
-    """Make `run_dir` ready and return the checkpoint to go on from, or None to begin.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after `step`, with the state in `folder`, or from nothing.
 
-    Args:
-        run_dir: one folder is one run.
-        config: of the run that is about to start; written to `config.yaml`, and what
-            the user set to `config.input.yaml`.
-        data_sha256: of images and captions, recorded in `provenance.json`.
-
-    Raises:
-        BunnyLoraError: the folder holds another run, or something that is no run of ours.
+    `history` names each environment that the run was made in, and the step that it took over after.
     """
-    checkpoints = list_checkpoints(run_dir)
-    if holds_run(run_dir):
-        if config.resume == "never":
-            set_aside(run_dir)
-            checkpoints = {}
-        else:
-            _refuse_differences(run_dir, config, data_sha256)
-    _describe(run_dir, config, data_sha256)
-    reachable = [step for step in checkpoints if step <= config.training.max_train_steps]
-    return checkpoints[max(reachable)] if reachable else None
+
+    step: int = 0
+    folder: Path | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    base_sha256: str | None = None
+
+    def check_base(self, sha256: str, precision: str) -> None:
+        """Raise BunnyLoraError if the base model's weights are others than the state was made with."""
+        same_precision = self.history and self.history[-1]["environment"].get("precision") == precision
+        if same_precision and self.base_sha256 not in (None, sha256):
+            raise BunnyLoraError(
+                f"{self.folder} was made with other weights of the base model than those that its name"
+                f" stands for now. Bring the old ones back, or: {WAY_OUT}"
+            )
+
+
+def begin_anew(run_dir: Path) -> None:
+    """Rename a folder that holds a run to the first free `<name>.old-<n>`."""
+    if not holds_run(run_dir):
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    print(f"The run that was in {runs.relative(run_dir)} is now in {runs.relative(aside)}")
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -53,61 +56,124 @@ def holds_run(run_dir: Path) -> bool:
     return any(any(run_dir.glob(name)) for name in ("final", "checkpoint-*"))
 
 
-def set_aside(run_dir: Path) -> Path:
-    """Rename a run folder to the first free `<name>.old-<n>` and return that."""
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-        number += 1
-    run_dir.rename(aside)
-    print(f"The run that was in {runs.relative(run_dir)} is now in {runs.relative(aside)}")
-    return aside
+def open_run(run_dir: Path, config: Config, data_sha256: str) -> Start:
+    """Make `run_dir` ready and return where to go on, or to begin.
+
+    Args:
+        run_dir: one folder is one run; nobody else writes into it.
+        config: of the run that is about to start; written to `config.yaml`, and what
+            the user set to `config.input.yaml`.
+        data_sha256: of images and captions, recorded in `provenance.json`.
+
+    Raises:
+        BunnyLoraError: the folder holds another run, or something that is no run of ours; or the
+            checkpoint that `resume` names is not there or damaged.
+    """
+    runs.recover(run_dir)
+    now = Identity.of(config, data_sha256)
+    if holds_run(run_dir):
+        _refuse_another_run(run_dir, now)
+    named = None if config.resume in ("auto", "never") else _named(run_dir, str(config.resume))
+    folder = named or _newest_good(run_dir, config.training.max_train_steps)
+    start = _read(folder, now) if folder else _fresh(now)
+    if named:
+        _set_later_ones_aside(run_dir, start.step)
+    _describe(run_dir, config, data_sha256)
+    return start
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Return one line for each setting that differs and changes the mathematics."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    ignored = set(HARMLESS)
-    if new.training.lr_scheduler.startswith("constant"):
-        ignored.add("training.max_train_steps")
-    return [
-        f"{key}: {before.get(key)} before, {after.get(key)} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not {key, key.split(".")[0]} & ignored
-    ]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _refuse_differences(run_dir: Path, config: Config, data_sha256: str) -> None:
-    way_out = "Set output_dir to a new folder, or resume: never to begin anew (the old run is kept)."
+def _refuse_another_run(run_dir: Path, now: Identity) -> None:
     if not (run_dir / "config.yaml").is_file():
-        raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {way_out}")
-    found = differences(load_config(run_dir / "config.yaml"), config)
+        raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {WAY_OUT}")
     old_data = runs.read_json(run_dir / "provenance.json").get("data_sha256")
-    if old_data != data_sha256:
-        found.append("the training data: other images or captions now")
-    if found:
+    settings = identity.settings_of(load_config(run_dir / "config.yaml"))
+    _refuse(run_dir, Identity(settings, old_data, now.environment), now)
+
+
+def _refuse(folder: Path, before: Identity, now: Identity) -> None:
+    if found := identity.mathematical_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
         raise BunnyLoraError(
-            f"{run_dir} holds a run with other settings, and going on would mix the two:\n{lines}\n"
-            f"{way_out}"
+            f"{folder} holds a run with other settings, and going on would mix the two:\n{lines}\n"
+            f"Set them back as they were to go on. {WAY_OUT}"
         )
 
 
+def _named(run_dir: Path, name: str) -> Path:
+    """Return the checkpoint that the user named: a step, a folder of the run, or a path."""
+    folders = [run_dir / f"checkpoint-{name}", run_dir / name, runs.resolve(name)]
+    for folder in folders:
+        if (folder / checkpoint.STATE).is_file():
+            if damage := checkpoint.damage(folder):
+                raise BunnyLoraError(f"The checkpoint {folder} is damaged: {damage}.")
+            return folder
+    there = ", ".join(map(str, checkpoint.list_checkpoints(run_dir))) or "none yet"
+    raise BunnyLoraError(
+        f"resume: {name} is no checkpoint. It takes auto, never, or a checkpoint: its step, its"
+        f" folder's name or path. Steps in {runs.relative(run_dir)}: {there}."
+    )
+
+
+def _newest_good(run_dir: Path, last_step: int) -> Path | None:
+    """Return the newest whole checkpoint; a damaged one is set aside, and the one before is taken."""
+    for step, folder in reversed(checkpoint.list_checkpoints(run_dir).items()):
+        if step > last_step:
+            continue
+        damage = checkpoint.damage(folder)
+        if damage is None:
+            return folder
+        aside = checkpoint.set_aside(folder, "damaged")
+        print(
+            f"Warning: {folder.name} is damaged ({damage}); it is now in {runs.relative(aside)}, and"
+            " the one before it is taken."
+        )
+    return None
+
+
+def _set_later_ones_aside(run_dir: Path, step: int) -> None:
+    for later, folder in checkpoint.list_checkpoints(run_dir).items():
+        if later > step:
+            aside = checkpoint.set_aside(folder, "later")
+            print(f"{folder.name} is done again; the one from before is now {runs.relative(aside)}")
+
+
+def _fresh(now: Identity) -> Start:
+    return Start(history=({"after_step": 0, "environment": now.environment},))
+
+
+def _read(folder: Path, now: Identity) -> Start:
+    """Return the start that a checkpoint gives, after comparing its run with the one to come."""
+    saved = runs.read_json(folder / checkpoint.STATE)
+    history = list(saved["history"])
+    before = Identity(saved["settings"], saved["data_sha256"], history[-1]["environment"])
+    _refuse(folder, before, now)
+    if found := identity.environment_differences(before, now):
+        lines = "\n".join(f"  - {line}" for line in found)
+        print(
+            "Warning: the run goes on in another environment than it was made in, so its numbers can"
+            f" differ in their last bits from those of an unbroken run:\n{lines}"
+        )
+        history.append({"after_step": saved["step"], "environment": now.environment})
+    return Start(saved["step"], folder, tuple(history), saved.get("base_sha256"))
+
+
+def announce(run_dir: Path, start: Start) -> None:
+    """Cut the log to the state it goes on with, and say what that is and what was lost."""
+    source = start.folder.parent if start.folder else None
+    n_lost, seconds = run_log.cut_after(run_dir, start.step, source)
+    if start.folder is None and not n_lost:
+        return
+    place = (
+        f"Going on after step {start.step} from {runs.relative(start.folder)}"
+        if start.folder
+        else ("Beginning again at step 1, for there was no checkpoint yet")
+    )
+    steps = "1 step" if n_lost == 1 else f"{n_lost} steps"
+    lost = f"{steps} after it ({seconds:.0f} s of work) done again" if n_lost else "nothing was lost"
+    print(f"{place}; {lost}")
+
+
 def _describe(run_dir: Path, config: Config, data_sha256: str) -> None:
-    runs.write_text(run_dir / "config.yaml", config.to_yaml())
-    runs.write_text(run_dir / "config.input.yaml", config.given_yaml())
     runs.write_json(run_dir / "provenance.json", runs.provenance() | {"data_sha256": data_sha256})
-
-
-def keep_log_until(log: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: they were lost with the state, and are done again."""
-    if log.is_file():
-        lines = log.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        runs.write_text(log, "".join(line + "\n" for line in kept))
+    runs.write_text(run_dir / "config.input.yaml", config.given_yaml())
+    runs.write_text(run_dir / "config.yaml", config.to_yaml())  # Last: it makes the folder a run.

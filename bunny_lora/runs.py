@@ -8,11 +8,13 @@ files.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import bunny_lora
 from bunny_lora.errors import BunnyLoraError
@@ -111,20 +115,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        prefix = f".{path.name}.{os.getpid()}."  # `recover` must know whose it was.
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
         yield temporary / path.name
         _flush(temporary / path.name)
         _swap(temporary / path.name, path)
-    except OSError as error:
-        if not _is_about(path.parent, error):
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None or not _is_about(path.parent, refusal):
             raise
         raise BunnyLoraError(
-            f"Could not write {path}: {error.strerror}. What was there before is untouched;"
+            f"Could not write {path}: {refusal.strerror}. What was there before is untouched;"
             " free some space or choose another folder, then run the same command again."
-        ) from error
+        ) from refusal
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _settle(temporary, path)
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """Return the system's own error behind `error`: safetensors, torch and Pillow wrap it in theirs."""
+    if isinstance(error, BunnyLoraError) and isinstance(error.__cause__, OSError):
+        return error.__cause__  # of a file within a folder that is being written
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    text = str(error)
+    if match := re.search(r"\(os error (\d+)\)", text):
+        return OSError(int(match[1]), os.strerror(int(match[1])))
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        if os.strerror(number) in text:
+            return OSError(number, os.strerror(number))
+    return OSError(errno.EIO, text) if "when writing image file" in text else None
 
 
 def _is_about(folder: Path, error: OSError) -> bool:
@@ -137,8 +158,48 @@ def _is_about(folder: Path, error: OSError) -> bool:
     return named.is_relative_to(folder) or folder.is_relative_to(named)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it; a half-removed one is never seen under its name."""
+    prefix = f".{folder.name}.{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
+    folder.rename(temporary / ".gone")
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Settle what writers that were killed have left in `folder` and below."""
+    for temporary in sorted(folder.rglob(".*.tmp")):
+        named = re.fullmatch(r"\.(.+)\.(\d+)\.[^.]+\.tmp", temporary.name)
+        if named and temporary.is_dir() and not _is_alive(int(named[2]), temporary):
+            _settle(temporary, temporary.with_name(named[1]))
+
+
+def _is_alive(process: int, temporary: Path) -> bool:
+    """Whether the process that made `temporary` still runs; numbers are given again after its end."""
+    try:
+        return psutil.Process(process).create_time() <= temporary.stat().st_mtime + 1
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Finish a replacement that was cut off between its two renames, then remove what is left."""
+    old, part = temporary / ".old", temporary / path.name
+    try:
+        if old.exists() and not path.exists():
+            (part if part.exists() else old).rename(path)
+    except OSError:
+        return  # Here lies the only copy.
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _swap(part: Path, path: Path) -> None:
-    """Rename `part` to `path`; a folder cannot be renamed over another, so the old one steps aside."""
+    """Rename `part` to `path`; a folder cannot be renamed over another, so the old one steps aside.
+
+    A process killed between the two renames leaves both in the temporary folder, for `recover`.
+    """
     old = part.parent / ".old"
     if path.is_dir():
         path.rename(old)

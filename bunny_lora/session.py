@@ -19,6 +19,7 @@ from bunny_lora.progress import in_notebook
 SHORT_NAMES = {
     "max_steps": "training.max_train_steps",
     "seed": "training.seed",
+    "resume": "resume",
     "output_dir": "output_dir",
     "data_dir": "data_dir",
     "source": "source",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,45 @@ from peft import PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora import adapters, banner, checkpoint, components, dataset, resume, runs
+from bunny_lora import (
+    adapters,
+    banner,
+    checkpoint,
+    components,
+    dataset,
+    identity,
+    interrupts,
+    resume,
+    run_lock,
+    runs,
+    samples,
+)
+from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import Config, load_config
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.identity import Identity
 from bunny_lora.latents import EncodedImages, encode_dataset
 from bunny_lora.learning import Learner
 from bunny_lora.prepare import prepare_data, source_changed
 from bunny_lora.progress import progress
+from bunny_lora.resume import Start
+from bunny_lora.samples import Sample
 from bunny_lora.seeding import derive_seed
+from bunny_lora.supervision import Supervisor
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step, one line of `log.jsonl`. `loss` is the mean over its `n_images` images."""
+    """One optimiser step. `loss` is the mean over its `n_images` images.
+
+    `skipped`: loss or gradients were not finite, and the weights stayed as they were.
+    """
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float
+    skipped: bool
     seconds: float
     n_images: int
     peak_memory_gb: float
@@ -49,7 +70,8 @@ def training_loop(
     """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
 
     A step is one update on batch_size x gradient_accumulation_steps images. The caller decides what
-    happens in between: logging, samples, checkpoints, or stopping early.
+    happens in between: logging, samples, checkpoints, or stopping early. A stop from outside drops the
+    micro-batch that it comes in, and leaves everything as it was after the last step.
     """
     training = learner.config.training
     images_per_step = training.batch_size * training.gradient_accumulation_steps
@@ -60,14 +82,17 @@ def training_loop(
         first = (step - 1) * images_per_step
         losses = []
         for position in range(first, first + images_per_step, training.batch_size):
-            loss = learner.loss(position)
-            scaler.scale(loss / training.gradient_accumulation_steps).backward()
-            losses.append(loss.item())
+            with interrupts.stoppable():
+                loss = learner.loss(position)
+                scaler.scale(loss / training.gradient_accumulation_steps).backward()
+                losses.append(loss.item())
 
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm).item()
         learning_rate = float(lr_scheduler.get_last_lr()[0])
-        scaler.step(optimizer)
+        finite = math.isfinite(sum(losses)) and math.isfinite(grad_norm)
+        if finite:
+            scaler.step(optimizer)
         scaler.update()
         lr_scheduler.step()
         optimizer.zero_grad()
@@ -76,7 +101,8 @@ def training_loop(
             step=step,
             loss=sum(losses) / len(losses),
             learning_rate=learning_rate,
-            grad_norm=grad_norm.item(),
+            grad_norm=grad_norm,
+            skipped=not finite,
             seconds=time.perf_counter() - started,
             n_images=images_per_step,
             peak_memory_gb=banner.peak_memory_gb(learner.components.device),
@@ -133,23 +159,45 @@ class LoRATrainer:
         """Do everything that is left to do of this run and return its `final/` folder.
 
         Raises:
+            StoppedError: a signal or the stop button came; the state was saved, if there was any.
             BunnyLoraError: no data, no model, impossible settings, or a run folder with another run.
         """
-        self.prepare_data()
-        start = resume.open_run(self.run_dir, self.config, dataset.data_sha256(self.data_dir))
-        final = self.run_dir / "final"
-        last_step = int(start.name.split("-")[1]) if start else 0
-        if final.is_dir() and last_step == self.config.training.max_train_steps:
-            print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
-            return final
-        self.load(start)
-        self._train_to_the_end(last_step)
+        with interrupts.watch():
+            with interrupts.stoppable():
+                self.prepare_data()
+            if self.config.resume == "never":
+                with run_lock.hold(self.run_dir):
+                    resume.begin_anew(self.run_dir)
+            with run_lock.hold(self.run_dir):
+                return self._train_what_is_left(self.run_dir / "final")
+
+    def _train_what_is_left(self, final: Path) -> Path:
+        with interrupts.stoppable():
+            data_sha256 = dataset.data_sha256(self.data_dir)
+            start = resume.open_run(self.run_dir, self.config, data_sha256)
+            if self._is_complete(start, final):
+                print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
+                return final
+            resume.announce(self.run_dir, start)
+            self.load(start)
+        self._train_to_the_end(Identity.of(self.config, data_sha256).as_dict())
         checkpoint.save_adapters(final, self.models)
+        checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
         print(f"Done: {runs.relative(final)}")
         return final
 
+    def _missing_samples(self, step: int) -> list[Sample]:
+        return samples.missing_samples(self.run_dir, self.config.training, step)
+
+    def _is_complete(self, start: Start, final: Path) -> bool:
+        done = start.folder is not None and start.step == self.config.training.max_train_steps
+        if not done or self._missing_samples(start.step):
+            return False
+        return start.folder is not None and checkpoint.same_adapters(start.folder, final)
+
     def prepare_data(self) -> None:
         """Prepare the training data if there is none; say so if its source has changed since."""
+        runs.recover(self.data_dir.parent)
         if not (self.data_dir / "metadata.jsonl").is_file():
             summary = prepare_data(self.config)
             print(f"Prepared {summary['n_images']} images in {runs.relative(self.data_dir)}")
@@ -159,12 +207,14 @@ class LoRATrainer:
                 " prepared then. To take them in: notebook 01, or `bunny-lora prepare`."
             )
 
-    def load(self, start: Path | None = None) -> None:
-        """Load the base model, attach LoRA, encode the data, and take up the checkpoint `start`."""
+    def load(self, start: Start = Start()) -> None:  # noqa: B008
+        """Load the base model, attach LoRA, encode the data, and take up the state of `start`."""
         config, training = self.config, self.config.training
         device = components.resolve_device(config.device)
         dtype = components.resolve_dtype(training.mixed_precision, device)
         self.parts = components.load_components(config.base_model, device, dtype)
+        self.base_sha256 = identity.model_sha256(self.parts)
+        start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
         self.pipe = components.pipeline_from(self.parts, config.base_model)
         images = self._encode(self.data_dir, config.instance_prompt, "training")
         class_images = self._class_images() if config.prior_preservation.enabled else None
@@ -180,10 +230,10 @@ class LoRATrainer:
         )
         scaled = device.type == "cuda" and dtype == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-        if start is not None:
-            state = (self.models, self.optimizer, self.lr_scheduler, self.scaler)
-            step = checkpoint.load_checkpoint(start, *state)
-            print(f"Going on after step {step} from {runs.relative(start)}")
+        self.state = TrainingState(self.models, self.optimizer, self.lr_scheduler, self.scaler)
+        self.history = start.history
+        if start.folder is not None:
+            checkpoint.load_checkpoint(start.folder, self.state)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return every parameter that training changes."""
@@ -240,60 +290,32 @@ class LoRATrainer:
         missing = list(itertools.islice(free, max(prior.num_class_images - len(present), 0)))
         for i, path in progress(missing, desc="draw class images", disable=not missing):
             seed = derive_seed(self.config.training.seed, "class image", i)
-            self._draw(prior.class_prompt, seed, path)
+            samples.draw(self.pipe, self.config, Sample(path, prior.class_prompt, seed))
         used = [*present, *(path for _, path in missing)][: prior.num_class_images]
         dataset.write_captions(folder, {path.name: prior.class_prompt for path in used})
         return self._encode(folder, prior.class_prompt, "class")
 
-    def _draw(self, prompt: str, seed: int, path: Path) -> None:
-        sampling, side = self.config.sampling, self.config.resolution
-        image = components.draw_image(
-            self.pipe,
-            prompt,
-            seed=seed,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            width=side,
-            height=side,
-        )
-        with runs.atomic_path(path) as part:
-            image.save(part)
-
-    def _train_to_the_end(self, last_step: int) -> None:
-        training, n_steps = self.config.training, self.config.training.max_train_steps
-        log = self.run_dir / "log.jsonl"
-        resume.keep_log_until(log, last_step)
-        self._set_training_mode(True)
-        trial = banner.time_trial(self.learner, self.optimizer)
+    def _train_to_the_end(self, about: dict[str, Any]) -> None:
+        last_step, n_steps = self.state.step, self.config.training.max_train_steps
+        with interrupts.stoppable():
+            self._draw_samples(self._missing_samples(last_step))
+            self._set_training_mode(True)
+            trial = banner.time_trial(self.learner, self.optimizer)
         print(banner.describe(self, trial, n_steps - last_step))
 
-        recent: list[float] = []
-        records = training_loop(self.learner, self.optimizer, self.lr_scheduler, self.scaler, last_step)
-        bar = progress(desc="train", total=n_steps, initial=last_step, unit="step")
-        with bar, log.open("a", encoding="utf-8") as lines:
-            for record in records:
-                lines.write(json.dumps(asdict(record)) + "\n")
-                lines.flush()
-                recent.append(record.loss)
-                if record.step % training.logging_steps == 0 or record.step == n_steps:
-                    bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-                    recent.clear()
-                if record.step % training.save_steps == 0 or record.step == n_steps:
-                    self._save(record.step)
-                bar.update()
-
-    def _save(self, step: int) -> None:
-        """Write a checkpoint, then draw the validation prompts with it."""
-        folder = self.run_dir / f"checkpoint-{step}"
-        checkpoint.save_checkpoint(
-            folder, self.models, self.optimizer, self.lr_scheduler, self.scaler, step
+        about = about | {"base_sha256": self.base_sha256, "history": list(self.history)}
+        supervisor = Supervisor(
+            self.run_dir, self.config.training, self.state, about, self._draw_samples
         )
+        steps = training_loop(self.learner, self.optimizer, self.lr_scheduler, self.scaler, last_step)
+        supervisor.follow(steps)
+
+    def _draw_samples(self, wanted: list[Sample]) -> None:
+        """Draw with the weights as they are; a stop leaves out the rest."""
         self._set_training_mode(False)
-        training = self.config.training
-        for p, prompt in enumerate(training.validation_prompts):
-            for i in range(training.num_validation_images):
-                path = self.run_dir / "samples" / f"step-{step:06d}" / f"{p:02d}-{i}.png"
-                self._draw(prompt, derive_seed(training.seed, "validation", i), path)
+        for sample in wanted:
+            with interrupts.stoppable():
+                samples.draw(self.pipe, self.config, sample)
         self._set_training_mode(True)
 
     def _set_training_mode(self, training: bool) -> None:

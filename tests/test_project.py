@@ -20,12 +20,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports what stands below it, or its neighbours where that makes no circle.
 LAYERS = {
-    "ground": {"errors", "yaml_file", "values", "config", "runs", "seeding", "progress"},
+    "ground": {
+        *("errors", "yaml_file", "values", "config"),
+        *("runs", "run_lock", "run_log", "interrupts", "seeding", "progress"),
+    },
     "data": {"captions", "colours", "images", "stage4", "data_summary", "dataset"},
     "model": {"bpe", "standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
     "training": {
-        *("prepare", "latents", "learning", "checkpoint", "resume", "banner"),
-        *("trainer", "inference"),
+        *("prepare", "latents", "learning", "checkpoint", "identity", "resume", "banner"),
+        *("samples", "supervision", "trainer", "inference"),
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),

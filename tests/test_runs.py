@@ -3,11 +3,13 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 
 import bunny_lora
 from bunny_lora import runs
@@ -275,6 +277,53 @@ def test_an_error_about_another_file_is_not_taken_for_a_failed_write(tmp_path):
     (tmp_path / "frame.png").write_text("no image", encoding="utf-8")
     with pytest.raises(UnidentifiedImageError), runs.atomic_path(tmp_path / "out" / "data"):
         Image.open(tmp_path / "frame.png")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] . No space left on device"),
+        OSError("encoder error -2 when writing image file"),
+    ],
+)
+def test_a_full_disk_is_recognised_whoever_reports_it(tmp_path, error):
+    with pytest.raises(BunnyLoraError, match="untouched"), runs.atomic_path(tmp_path / "a"):
+        raise error
+    assert not leftovers(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bunny_lora import runs
+folder, replaced = Path(sys.argv[1]), Path.replace
+if sys.argv[2] == "between":
+    Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
+with runs.atomic_path(folder) as part:
+    part.mkdir()
+    (part / "new").touch()
+    if sys.argv[2] == "within":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment, left", [("within", "old"), ("between", "new")])
+def test_what_a_killed_writer_leaves_is_settled_by_the_next(tmp_path, moment, left):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "old").touch()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "final"), moment], check=False)
+    assert leftovers(tmp_path)
+    runs.recover(tmp_path)
+    assert names(tmp_path / "final") == [left]
+    assert names(tmp_path) == ["final"]
+
+
+def test_what_a_living_writer_is_writing_is_left_alone(tmp_path):
+    with runs.atomic_path(tmp_path / "a.txt") as part:
+        part.write_text("new", encoding="utf-8")
+        runs.recover(tmp_path)
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "new"
 
 
 def test_json_that_cannot_be_read_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """Training itself: what changes, what does not, and that it learns."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import adapters, banner, components, runs
+from bunny_lora import adapters, banner, components, report, runs
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer, build_optimizer, training_loop
@@ -30,7 +29,7 @@ def train(tiny_model: str, **overrides: object) -> LoRATrainer:
 
 
 def log_of(trainer: LoRATrainer) -> list[dict]:
-    return [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
+    return report.read_log(trainer.run_dir)
 
 
 def weights_of(trainer: LoRATrainer) -> dict[str, torch.Tensor]:
@@ -45,7 +44,7 @@ def test_a_run_folder_holds_everything_that_is_promised(tiny_model: str, data: P
     )
     run = trainer.run_dir
     expected = {
-        "config.yaml", "config.input.yaml", "provenance.json", "log.jsonl",
+        "config.yaml", "config.input.yaml", "provenance.json", "log.jsonl", "timing.jsonl",
         "checkpoint-2", "checkpoint-4", "final", "samples",
     }  # fmt: skip
     assert {path.name for path in run.iterdir()} == expected

@@ -1,0 +1,118 @@
+"""What makes a run that run, and what can only make its last bits differ.
+
+Going on is right where the result is what an unbroken run would have given. So two runs are the same
+where their mathematics agree: settings and data. With another thread count, library or processor the
+same sums are added up in another order, which is told, not refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bunny_lora import components, runs
+from bunny_lora.config import Config
+
+# The data's identity is its hash, not its path; the rest changes when things are written, not what.
+HARMLESS = {
+    "output_dir", "data_dir", "source", "min_confidence", "resume", "num_workers", "pin_memory",
+    "sampling", "evaluation", "training.save_steps", "training.save_minutes",
+    "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
+    "training.num_validation_images", "prior_preservation.class_data_dir",
+}  # fmt: skip
+
+# Told by what they come to on this machine, in the environment below.
+IN_ENVIRONMENT = {"device", "training.mixed_precision", "training.gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Recorded in every checkpoint. Plain values, as JSON gives them back."""
+
+    settings: dict[str, Any]
+    data_sha256: str
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, config: Config, data_sha256: str) -> Identity:
+        """Return the identity of a run that is about to start here."""
+        return cls(settings_of(config), data_sha256, environment_of(config))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return settings and data as JSON takes them, with one hash over the settings."""
+        digest = hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()
+        settings = {"settings": self.settings, "settings_sha256": digest}
+        return settings | {"data_sha256": self.data_sha256}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return every setting that changes the mathematics, by its dotted key."""
+    ignored = HARMLESS | IN_ENVIRONMENT
+    if config.training.lr_scheduler.startswith("constant"):
+        ignored = ignored | {"training.max_train_steps"}
+    settings = _flat(config.model_dump(mode="json"))
+    return {key: v for key, v in settings.items() if not {key, key.split(".")[0]} & ignored}
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def environment_of(config: Config) -> dict[str, str]:
+    """Return what the last bits of a result hang on, beside its mathematics."""
+    device = components.resolve_device(config.device)
+    dtype = components.resolve_dtype(config.training.mixed_precision, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    made_by = runs.provenance()
+    return {
+        "threads": str(torch.get_num_threads()),
+        "device": f"{device.type}, {where}",
+        "precision": str(dtype).removeprefix("torch."),
+        "gradient_checkpointing": str(config.training.gradient_checkpointing).lower(),
+        "python": made_by["python"],
+        "platform": made_by["platform"],
+        "bunny_lora": made_by["bunny_lora"],
+        **made_by["libraries"],
+    }
+
+
+def _processor() -> str:
+    return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def mathematical_differences(before: Identity, now: Identity) -> list[str]:
+    """Return one line for each difference that makes it another run."""
+    found = _compare(before.settings, now.settings)
+    if before.data_sha256 != now.data_sha256:
+        found.append("the training data: other images or captions now")
+    return found
+
+
+def environment_differences(before: Identity, now: Identity) -> list[str]:
+    """Return one line for each difference that may show in the last bits."""
+    return _compare(before.environment, now.environment)
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {before.get(key)} before, {now.get(key)} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def model_sha256(parts: components.Components) -> str:
+    """Return one digest over the frozen weights and their precision."""
+    digest = hashlib.sha256()
+    for name in ("unet", "text_encoder", "vae"):
+        for key, tensor in getattr(parts, name).state_dict().items():
+            digest.update(f"{name}.{key} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""What happens around the steps of a run: log, checkpoints, samples, and stopping in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bunny_lora import checkpoint, runs
+from bunny_lora.checkpoint import TrainingState
+from bunny_lora.config import TrainingSection
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.interrupts import StoppedError, StopRequest
+from bunny_lora.progress import progress
+from bunny_lora.run_log import RunLog
+from bunny_lora.samples import Sample, is_milestone, samples_of
+
+if TYPE_CHECKING:
+    from bunny_lora.trainer import StepRecord
+
+# fp16 finds its scale by skipping a few steps in a row; more are no accident.
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Supervisor:
+    """Follows the steps of one run and keeps its state safe.
+
+    Args:
+        run_dir: where everything is written; nobody else writes there.
+        training: when to log, save and draw.
+        state: of the run, as it stands between two steps.
+        about: whose state it is; written into each checkpoint.
+        draw_samples: draws the pictures that belong to a step; may be stopped.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        training: TrainingSection,
+        state: TrainingState,
+        about: dict[str, Any],
+        draw_samples: Callable[[list[Sample]], None],
+    ) -> None:
+        self.run_dir, self.training, self.state, self.about = run_dir, training, state, about
+        self.draw_samples = draw_samples
+        self.saved_step, self.saved_at = state.step, time.monotonic()
+        self.recent: list[float] = []
+
+    def follow(self, records: Iterator[StepRecord]) -> None:
+        """Take the run to its end, or to a stop.
+
+        Raises:
+            StoppedError: a stop came from outside; the state was saved before.
+            BunnyLoraError: too many steps in a row gave no finite numbers, or nothing can be written.
+        """
+        total, step = self.training.max_train_steps, self.state.step
+        bar = progress(desc="train", total=total, initial=step, unit="step")
+        with contextlib.closing(RunLog(self.run_dir)) as log, bar:
+            self.log, self.bar = log, bar
+            try:
+                for record in records:
+                    self._note(record)
+                    self._save_if_due()
+                    bar.update()
+            except StopRequest as stop:
+                self._save_before_stopping()
+                raise StoppedError(self._where_it_goes_on(), stop.number) from None
+
+    def _note(self, record: StepRecord) -> None:
+        state, every = self.state, self.training.logging_steps
+        state.step = record.step
+        state.skipped += record.skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if record.skipped else 0
+        self.log.write(asdict(record))
+        if not record.skipped:
+            self.recent.append(record.loss)
+        if self.recent and (record.step % every == 0 or record.step == self.training.max_train_steps):
+            loss = f"{sum(self.recent) / len(self.recent):.4f}"
+            skipped = {"skipped": state.skipped} if state.skipped else {}
+            self.bar.set_postfix(loss=loss, **skipped, refresh=False)
+            self.recent.clear()
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise BunnyLoraError(self._not_finite())
+
+    def _save_if_due(self) -> None:
+        step, minutes = self.state.step, self.training.save_minutes
+        if is_milestone(step, self.training):
+            self._save(milestone=True)
+            self.draw_samples(samples_of(self.run_dir, self.training, step))
+        elif minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes:
+            self._save(milestone=False)
+
+    def _save_before_stopping(self) -> None:
+        if self.state.step != self.saved_step:
+            self._save(milestone=False)
+
+    def _save(self, *, milestone: bool) -> None:
+        self.log.sync()
+        folder = self.run_dir / f"checkpoint-{self.state.step}"
+        checkpoint.save_checkpoint(folder, self.state, self.about, milestone=milestone)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        checkpoint.remove_old(self.run_dir, self.training.keep_checkpoints)
+
+    def _where_it_goes_on(self) -> str:
+        if not self.saved_step:
+            return "No step was finished yet, so nothing was lost: the same command begins again."
+        folder = runs.relative(self.run_dir / f"checkpoint-{self.saved_step}")
+        done = f"Step {self.saved_step} of {self.training.max_train_steps} is saved in {folder}"
+        return f"{done}: the same command goes on from there."
+
+    def _not_finite(self) -> str:
+        return (
+            f"{MAX_SKIPPED_IN_A_ROW} steps in a row gave a loss or gradients that are not finite. None"
+            " of them changed the weights, and the last checkpoint, after step"
+            f" {self.saved_step}, is whole. Begin a run in another output_dir with a lower"
+            " training.learning_rate, or with training.mixed_precision: bf16 (or no)."
+        )

@@ -1,0 +1,286 @@
+"""Stops, damage, failing disks and numbers that are not finite: what is lost, and what never is."""
+
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_frames, tiny_config
+
+from bunny_lora import checkpoint, interrupts, report, supervision
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.resume import Start
+from bunny_lora.trainer import LoRATrainer
+
+TRAINING = {"save_steps": 2, "max_train_steps": 6}
+
+
+@pytest.fixture
+def data(project: Path) -> Path:
+    return draw_frames(project / "data" / "instance_images", 3)
+
+
+def make(
+    tiny_model: str, output_dir: str = "run", resume: object = "auto", **training: object
+) -> LoRATrainer:
+    config = tiny_config(tiny_model, output_dir=output_dir, resume=resume, training=TRAINING | training)
+    return LoRATrainer(config=config)
+
+
+def train(tiny_model: str, *args: object, **kwargs: object) -> LoRATrainer:
+    trainer = make(tiny_model, *args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def at_step(trainer: LoRATrainer, step: int, action: Callable[[], object]) -> None:
+    """Have `action` called before the first micro-batch of a step."""
+    load = trainer.load
+
+    def load_and_arm(start: Start) -> None:
+        load(start)
+        loss = trainer.learner.loss
+
+        def armed(position: int) -> torch.Tensor:
+            if position == 2 * (step - 1) and trainer.state.step == step - 1 and step > 1:
+                action()
+            return loss(position)
+
+        trainer.learner.loss = armed
+
+    trainer.load = load_and_arm
+
+
+def outcome(trainer: LoRATrainer) -> dict[str, bytes]:
+    run = trainer.run_dir
+    found = [*(run / "final").rglob("*.*"), run / "log.jsonl"]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in found}
+
+
+def names(trainer: LoRATrainer) -> set[str]:
+    return {p.name for p in trainer.run_dir.iterdir() if "checkpoint" in p.name}
+
+
+# Stops
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_saves_the_last_step_and_the_same_command_goes_on(
+    tiny_model: str, data: Path, number: int, code: int, capsys: pytest.CaptureFixture
+) -> None:
+    whole = train(tiny_model, "whole")
+    stopped = make(tiny_model)
+    at_step(stopped, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(interrupts.StoppedError, match=r"Step 3 of 6 is saved") as caught:
+        stopped.train()
+    assert caught.value.exit_code == code
+    assert names(stopped) == {"checkpoint-2", "checkpoint-3"}
+    resumed = train(tiny_model)
+    assert "Going on after step 3" in (out := capsys.readouterr().out) and "nothing was lost" in out
+    assert outcome(resumed) == outcome(whole)
+    assert names(resumed) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_saves_by_time_change_no_number_and_do_not_pile_up(tiny_model: str, data: Path) -> None:
+    whole = train(tiny_model, "whole", save_steps=6, save_minutes=None)
+    seen = set()
+    often = make(tiny_model, save_steps=6, save_minutes=1e-9)
+    for step in range(2, 7):
+        at_step(often, step, lambda: seen.add(len(names(often))))
+    often.train()
+    assert outcome(often) == outcome(whole)
+    assert seen == {1, 2} and names(often) == {"checkpoint-6"}
+
+
+# Going on
+
+
+@pytest.mark.parametrize("name", [2, "run/checkpoint-2"])
+def test_a_checkpoint_can_be_named_and_later_ones_are_set_aside(
+    tiny_model: str, data: Path, name: object
+) -> None:
+    before = outcome(train(tiny_model))
+    again = train(tiny_model, resume=name)
+    assert outcome(again) == before
+    assert {"later-checkpoint-4", "later-checkpoint-6", "checkpoint-6"} <= names(again)
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
+    tiny_model: str, data: Path
+) -> None:
+    train(tiny_model)
+    with pytest.raises(BunnyLoraError, match="Steps in run: 2, 4, 6"):
+        train(tiny_model, resume=3)
+
+
+def test_another_environment_is_told_recorded_and_not_refused(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(tiny_model, max_train_steps=2)
+    torch.set_num_threads(2)
+    try:
+        trainer = train(tiny_model)
+    finally:
+        torch.set_num_threads(1)
+    assert "threads: 1 before, 2 now" in capsys.readouterr().out
+    state = checkpoint.runs.read_json(trainer.run_dir / "checkpoint-6" / checkpoint.STATE)
+    assert [part["after_step"] for part in state["history"]] == [0, 2]
+    assert [part["environment"]["threads"] for part in state["history"]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", [checkpoint.OPTIMIZER, checkpoint.STATE])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(
+    tiny_model: str, data: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    before = outcome(trainer := train(tiny_model))
+    path = trainer.run_dir / "checkpoint-6" / name
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert outcome(train(tiny_model)) == before
+    out = capsys.readouterr().out
+    assert "checkpoint-6 is damaged" in out and "Going on after step 4" in out
+    assert "damaged-checkpoint-6" in names(trainer)
+
+
+def test_a_final_folder_that_is_not_the_last_checkpoints_is_written_again(
+    tiny_model: str, data: Path
+) -> None:
+    before = outcome(trainer := train(tiny_model))
+    (trainer.run_dir / "final" / "unet" / "adapter_model.safetensors").write_bytes(b"half")
+    assert outcome(train(tiny_model)) == before
+
+
+def test_only_the_last_checkpoints_and_marked_ones_stay(tiny_model: str, data: Path) -> None:
+    trainer = make(tiny_model, save_steps=1, keep_checkpoints=2)
+    at_step(trainer, 3, lambda: (trainer.run_dir / "checkpoint-2" / "keep").touch())
+    trainer.train()
+    assert names(trainer) == {"checkpoint-2", "checkpoint-5", "checkpoint-6"}
+
+
+# Numbers that are not finite
+
+
+def spoil(trainer: LoRATrainer, steps: set[int]) -> None:
+    load = trainer.load
+
+    def load_and_spoil(start: Start) -> None:
+        load(start)
+        loss = trainer.learner.loss
+        trainer.learner.loss = lambda position: (
+            loss(position) * (float("nan") if position // 2 + 1 in steps and trainer.state.step else 1)
+        )
+
+    trainer.load = load_and_spoil
+
+
+def test_a_step_without_finite_numbers_is_skipped_and_counted_also_after_a_stop(
+    tiny_model: str, data: Path
+) -> None:
+    whole = make(tiny_model, "whole")
+    spoil(whole, {3})
+    whole.train()
+    log = report.read_log(whole.run_dir)
+    assert [record["skipped"] for record in log] == [False, False, True, False, False, False]
+    assert whole.state.skipped == 1
+    stopped = make(tiny_model)
+    spoil(stopped, {3})
+    at_step(stopped, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(interrupts.StoppedError):
+        stopped.train()
+    resumed = train(tiny_model)
+    assert resumed.state.skipped == 1 and outcome(resumed) == outcome(whole)
+
+
+def test_too_many_in_a_row_stop_the_run_with_advice_and_good_weights(
+    tiny_model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "MAX_SKIPPED_IN_A_ROW", 2)
+    trainer = make(tiny_model)
+    spoil(trainer, {3, 4, 5})
+    with pytest.raises(BunnyLoraError, match=r"2 steps in a row.*after step 2.*learning_rate"):
+        trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.trainable())
+    assert report.loss_curve(trainer.run_dir)
+
+
+# Disks
+
+
+def count_disk_calls(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
+    """Count what changes or flushes the disk; fail one call, as a disk that is full from then on."""
+    calls: list[str] = []
+    for name in ("fsync", "rename", "replace"):
+        original = getattr(os, name)
+
+        def wrapped(*args: object, name: str = name, original=original, **kwargs: object) -> object:
+            calls.append(name)
+            if len(calls) - 1 == fail_at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, wrapped)
+    return calls
+
+
+def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
+    tiny_model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(tiny_model, save_minutes=None)
+    folder, good = trainer.run_dir / "checkpoint-6", trainer.run_dir / "checkpoint-4"
+    saved = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    about = checkpoint.runs.read_json(folder / checkpoint.STATE)
+
+    def save() -> None:
+        checkpoint.save_checkpoint(folder, trainer.state, about)
+
+    with monkeypatch.context() as patch:
+        calls = count_disk_calls(patch)
+        save()
+    assert calls.count("fsync") > 6 and "rename" in calls
+    for fail_at in range(len(calls)):
+        with monkeypatch.context() as patch, pytest.raises(BunnyLoraError, match="No space left"):
+            count_disk_calls(patch, fail_at)
+            save()
+        checkpoint.runs.recover(trainer.run_dir)
+        assert checkpoint.damage(folder) is None and checkpoint.damage(good) is None
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == saved
+        assert not list(trainer.run_dir.rglob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 kB, where mounting one is allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
+    tiny_model: str, data: Path, small_disk: Path
+) -> None:
+    whole = train(tiny_model, "whole", save_steps=1)
+    ballast = small_disk / "ballast"
+    run = str(small_disk / "run")
+    trainer = make(tiny_model, run, save_steps=1)
+
+    def fill() -> None:
+        with pytest.raises(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(b"0" * 4096)
+                file.flush()
+
+    at_step(trainer, 3, fill)
+    with pytest.raises(BunnyLoraError, match="No space left"):
+        trainer.train()
+    ballast.unlink(missing_ok=True)
+    good = checkpoint.list_checkpoints(Path(run))
+    assert good and all(checkpoint.damage(folder) is None for folder in good.values())
+    assert not list(Path(run).rglob("*.tmp"))
+    assert outcome(train(tiny_model, run, save_steps=1, keep_checkpoints=1)) == outcome(whole)
