@@ -19,7 +19,8 @@ from bunny_lora.config import Config
 
 # The data's identity is its hash, not its path; the rest changes when things are written, not what.
 HARMLESS = {
-    "output_dir", "data_dir", "source", "min_confidence", "resume", "num_workers", "pin_memory",
+    "output_dir", "data_dir", "source", "min_confidence", "allow_outside_paths", "resume",
+    "num_workers", "pin_memory",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
     "training.num_validation_images", "prior_preservation.class_data_dir",
