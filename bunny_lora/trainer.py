@@ -24,6 +24,7 @@ from bunny_lora import (
     dataset,
     identity,
     interrupts,
+    memory,
     resume,
     run_lock,
     runs,
@@ -300,6 +301,7 @@ class LoRATrainer:
         with interrupts.stoppable():
             self._draw_samples(self._missing_samples(last_step))
             self._set_training_mode(True)
+            memory.check(self)
             trial = banner.time_trial(self.learner, self.optimizer)
         print(banner.describe(self, trial, n_steps - last_step))
 

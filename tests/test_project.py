@@ -27,7 +27,7 @@ LAYERS = {
     "data": {"captions", "colours", "images", "stage4", "data_summary", "dataset"},
     "model": {"bpe", "standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
     "training": {
-        *("prepare", "latents", "learning", "checkpoint", "identity", "resume", "banner"),
+        *("prepare", "latents", "learning", "checkpoint", "identity", "resume", "banner", "memory"),
         *("samples", "supervision", "trainer", "inference"),
     },
     "judgement": {

@@ -118,18 +118,18 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(
 
 
 def test_another_environment_is_told_recorded_and_not_refused(
-    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+    tiny_model: str,
+    data: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train(tiny_model, max_train_steps=2)
-    torch.set_num_threads(2)
-    try:
-        trainer = train(tiny_model)
-    finally:
-        torch.set_num_threads(1)
-    assert "threads: 1 before, 2 now" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    trainer = train(tiny_model)
+    assert "threads: 1 before, 8 now" in capsys.readouterr().out
     state = checkpoint.runs.read_json(trainer.run_dir / "checkpoint-6" / checkpoint.STATE)
     assert [part["after_step"] for part in state["history"]] == [0, 2]
-    assert [part["environment"]["threads"] for part in state["history"]] == ["1", "2"]
+    assert [part["environment"]["threads"] for part in state["history"]] == ["1", "8"]
 
 
 @pytest.mark.parametrize("name", [checkpoint.OPTIMIZER, checkpoint.STATE])

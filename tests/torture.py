@@ -186,42 +186,48 @@ def wait(pid: int, deadline_sec: float | None) -> int:
 
 def torture_papermill(project: Path, n_kills: int, seed: int, report: Report) -> None:
     """Kill papermill, or its kernel, in the middle of the training cell; run the same line again."""
-    random_numbers = random.Random(seed)
-    for number in range(n_kills):
-        papermill = start_papermill(project)
-        kernel = wait_for_kernel(papermill, project / "paper" / "log.jsonl")
-        time.sleep(random_numbers.uniform(0, 1))
-        victim = kernel if number % 2 else psutil.Process(papermill.pid)
-        victim.kill()
+    random_numbers, kills, name = random.Random(seed), 0, "paper-0"
+    while kills < n_kills:
+        papermill = start_papermill(project, name)
+        kernel = wait_for_kernel(papermill, project / name / "log.jsonl")
+        if kernel is None:  # It was done before anybody could kill it.
+            finish_papermill(papermill, project, name, report)
+            name = f"paper-{kills}"
+            continue
+        time.sleep(random_numbers.uniform(0, 0.6))
+        (kernel if kills % 2 else psutil.Process(papermill.pid)).kill()
+        kills += 1
         report.kills += 1
         report.resumes += 1
-        status = papermill.wait(timeout=PATIENCE_SEC)  # It does not wait for ever for a dead kernel.
-        _, alive = psutil.wait_procs([kernel], timeout=15)
-        report.orphans += len(alive)
-        if status == 0:
-            report.differing.append(f"papermill took no notice of kill {number + 1}")
-    if start_papermill(project).wait(timeout=PATIENCE_SEC) != 0:
-        report.differing.append("the last papermill run failed")
-    compare(project, "paper", report)
+        papermill.wait(timeout=PATIENCE_SEC)  # It does not wait for ever for a dead kernel.
+        report.orphans += len(psutil.wait_procs([kernel], timeout=15)[1])
+    if n_kills:
+        finish_papermill(start_papermill(project, name), project, name, report)
 
 
-def start_papermill(project: Path) -> subprocess.Popen:
+def finish_papermill(process: subprocess.Popen, project: Path, name: str, report: Report) -> None:
+    if process.wait(timeout=PATIENCE_SEC) != 0:
+        report.differing.append(f"the last papermill run of {name} failed")
+    compare(project, name, report)
+
+
+def start_papermill(project: Path, name: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_train.ipynb")]
     command += [str(project / "out.ipynb"), "-p", "config_path", str(project / "torture.yaml")]
-    command += ["-p", "output_dir", "paper", "--kernel", "python3", "--cwd", str(project)]
+    command += ["-p", "output_dir", name, "--kernel", "python3", "--cwd", str(project)]
     nowhere = subprocess.DEVNULL
     return subprocess.Popen([*command, "--no-progress-bar"], stdout=nowhere, stderr=nowhere)
 
 
-def wait_for_kernel(papermill: subprocess.Popen, log: Path) -> psutil.Process:
-    """Return the kernel once it has trained some steps."""
+def wait_for_kernel(papermill: subprocess.Popen, log: Path) -> psutil.Process | None:
+    """Return the kernel once it trains; None if papermill has come to its end before."""
     before, end = log.stat().st_mtime_ns if log.is_file() else 0, time.monotonic() + PATIENCE_SEC
     while time.monotonic() < end and papermill.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.02)
         if log.is_file() and log.stat().st_mtime_ns != before and log.stat().st_size:
             children = psutil.Process(papermill.pid).children()
             return next(c for c in children if "ipykernel_launcher" in " ".join(c.cmdline()))
-    raise AssertionError("papermill did not come to train")
+    return None
 
 
 # ---------------------------------------------------------------------------- the command
