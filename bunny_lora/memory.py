@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Fitted on random-bk-sdm-tiny, float32, 2 threads. A step took 0.48 GB at 256 px, 1.71 GB at 512 px and
 # 1.26 GB there with gradient checkpointing; tensors alone are 0.26, 1.01 and 0.36 GB.
 GAPS = 1.2  # what the allocator takes for each byte of tensors
-REPACKED = 0.4  # of the weights: copies in the layout of the CPU's kernels
+REPACKED = 0.5  # of the weights: copies in the layout of the CPU's kernels
 SPARE = 0.25e9  # for whatever else the user does
 PLENTY = 100  # times the weights are free: no need to rehearse
 
