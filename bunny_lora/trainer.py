@@ -176,15 +176,17 @@ class LoRATrainer:
         with interrupts.stoppable():
             data_sha256 = dataset.data_sha256(self.data_dir)
             start = resume.open_run(self.run_dir, self.config, data_sha256)
-            if self._is_complete(start, final):
-                print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
-                return final
-            resume.announce(self.run_dir, start)
-            self.load(start)
-        self._train_to_the_end(Identity.of(self.config, data_sha256).as_dict())
-        checkpoint.save_adapters(final, self.models)
+            complete = self._is_complete(start, final)
+            if not complete:
+                resume.announce(self.run_dir, start)
+                self.load(start)
+        if complete:
+            print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
+        else:
+            self._train_to_the_end(Identity.of(self.config, data_sha256).as_dict())
+            checkpoint.save_adapters(final, self.models)
+            print(f"Done: {runs.relative(final)}")
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
-        print(f"Done: {runs.relative(final)}")
         return final
 
     def _missing_samples(self, step: int) -> list[Sample]:
@@ -216,6 +218,7 @@ class LoRATrainer:
         self.parts = components.load_components(config.base_model, device, dtype)
         self.base_sha256 = identity.model_sha256(self.parts)
         start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
+        memory.check_pictures(self.parts, config.resolution)
         self.pipe = components.pipeline_from(self.parts, config.base_model)
         images = self._encode(self.data_dir, config.instance_prompt, "training")
         class_images = self._class_images() if config.prior_preservation.enabled else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import memory
+from bunny_lora import components, memory
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 
@@ -31,11 +31,29 @@ def test_what_does_not_fit_is_refused_before_training_with_what_to_lower(
 ) -> None:
     draw_frames(project / "data" / "instance_images", 2)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(memory, "picture_bytes", lambda *_: -memory.SPARE)
     trainer = LoRATrainer(config=tiny_config(tiny_model, training={"batch_size": 2}))
     with pytest.raises(BunnyLoraError, match=r"(?s)0\.0 GB of memory.*checkpointing.*batch_size.*32"):
         trainer.train()
     assert not (trainer.run_dir / "checkpoint-4").exists()
     assert not any(p.grad is not None for p in trainer.trainable())
+
+
+def test_pictures_that_do_not_fit_are_refused_before_the_first_is_encoded(
+    tiny_model: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = draw_frames(project / "data" / "instance_images", 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
+    with pytest.raises(BunnyLoraError, match=r"A picture needs about .*\n  - resolution below 32"):
+        LoRATrainer(config=tiny_config(tiny_model)).train()
+    assert not (folder.parent / "latents").exists()
+
+
+def test_a_picture_needs_four_times_as_much_at_twice_the_side(tiny_model: str) -> None:
+    parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
+    fixed = memory.REPACKED * sum(4 * p.numel() for p in parts.vae.parameters())
+    small, large = (memory.picture_bytes(parts, side) - fixed for side in (256, 512))
+    assert large == pytest.approx(4 * small, rel=0.2)
 
 
 def test_the_free_memory_is_a_number_of_bytes() -> None:

@@ -160,6 +160,22 @@ def test_only_the_last_checkpoints_and_marked_ones_stay(tiny_model: str, data: P
     assert names(trainer) == {"checkpoint-2", "checkpoint-5", "checkpoint-6"}
 
 
+def test_what_a_kill_after_the_last_save_left_behind_is_cleared_by_the_next_start(
+    tiny_model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tiny_model)
+    remove_old = checkpoint.remove_old
+    monkeypatch.setattr(checkpoint, "remove_old", lambda *_, **__: None)
+    at_step(trainer, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(interrupts.StoppedError):
+        trainer.train()
+    train(tiny_model)
+    assert "checkpoint-5" in names(trainer)
+    monkeypatch.setattr(checkpoint, "remove_old", remove_old)
+    train(tiny_model)
+    assert names(trainer) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
 # Numbers that are not finite
 
 
