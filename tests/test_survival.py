@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw_frames, tiny_config
+from safetensors.torch import load_file, save_file
 
-from bunny_lora import checkpoint, interrupts, report, supervision
+from bunny_lora import checkpoint, interrupts, report, runs, supervision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.resume import Start
 from bunny_lora.trainer import LoRATrainer
@@ -174,6 +176,27 @@ def test_what_a_kill_after_the_last_save_left_behind_is_cleared_by_the_next_star
     monkeypatch.setattr(checkpoint, "remove_old", remove_old)
     train(tiny_model)
     assert names(trainer) == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
+def test_a_checkpoint_that_the_evaluation_speaks_of_stays(tiny_model: str, data: Path) -> None:
+    trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
+    judged = {"models": {"base": {}, "checkpoint-3": {}, "final": {}}}
+    report_file = trainer.run_dir / "evaluation" / "eval.json"
+    at_step(trainer, 4, lambda: runs.write_json(report_file, judged))
+    trainer.train()
+    assert names(trainer) == {"checkpoint-3", "checkpoint-6"}
+
+
+def test_other_base_weights_under_the_same_name_are_refused(
+    tiny_model: str, data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    train(str(model), max_train_steps=2)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(path).items()}, path)
+    with pytest.raises(BunnyLoraError, match="base"):
+        train(str(model), max_train_steps=4)
 
 
 # Numbers that are not finite
