@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from bunny_lora.config import Config, merge, validate
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before any test imports huggingface_hub, which reads it once.
+# A shell ignores Ctrl-C for what it runs in the background, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # Toy models only lose by waiting for a second thread.
 
 
