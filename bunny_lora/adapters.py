@@ -96,7 +96,7 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     runs.write_json(folder / "adapter_config.json", config)
 
 
-def load_adapter(model: torch.nn.Module, folder: Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
     """Put the adapter in `folder` into `model`, in place.
 
     Reads `adapter_model.safetensors`, or an `adapter_model.bin` of older tools with torch's
@@ -119,8 +119,7 @@ def load_adapter(model: torch.nn.Module, folder: Path, *, trainable: bool = Fals
                 f"The adapter in {folder} was made for another base model than the one loaded"
                 f" ({config.base_model_name_or_path or 'unknown'} is recorded in it): {error}"
             ) from error
-    if not trainable:
-        peft_model.requires_grad_(False).eval()
+    peft_model.requires_grad_(False).eval()
     return peft_model
 
 
