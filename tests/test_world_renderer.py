@@ -176,3 +176,17 @@ def test_captions_never_tell_a_heros_ear():
         for seed in range(50):
             words = set(_words(caption(hero_picture([name], 0, seed), seed)))
             assert name in words and not words & {"bent", "ear", "ears", "bandaged"}
+
+
+def test_behind_a_character_the_background_is_out_of_focus():
+    picture = picture_of()
+    (x1, _, x2, _) = render(picture).bodies[0]
+    columns = [x for x in range(127) if x < x1 - 8 or x > x2 + 8]
+
+    def contrast(image):
+        return np.abs(np.diff(np.asarray(image, float), axis=1))[:, columns].mean()
+
+    assert len(columns) > 20
+    assert contrast(render(picture).image) < 0.85 * contrast(
+        render(replace(picture, characters=())).image
+    )

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 Points = np.ndarray
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+_PIXEL_FILTER = 0.55  # finished pixels
 
 
 @lru_cache(maxsize=4096)
@@ -206,9 +207,16 @@ class Canvas:
         mask = mask.point([round(level * power) for level in range(256)])
         self.image.paste(colour, (round((x - rx) * self.unit), round((y - ry) * self.unit)), mask)
 
+    def defocus(self, radius: float) -> None:
+        """Blur what has been drawn so far, with a Gaussian of standard deviation `radius`."""
+        soft = self.image.reduce(self.oversampling)
+        soft = soft.filter(ImageFilter.GaussianBlur(radius * self.size[1]))
+        self.image.paste(soft.resize(self.image.size, Image.Resampling.BILINEAR))
+
     def finish(self) -> Image.Image:
-        """Return the picture at its true size."""
-        return self.image.reduce(self.oversampling)
+        """Return the picture at its true size, through a Gaussian pixel filter as in film renderers."""
+        sharp = self.image.reduce(self.oversampling)
+        return sharp.filter(ImageFilter.GaussianBlur(_PIXEL_FILTER))
 
 
 @dataclass
