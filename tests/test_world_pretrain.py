@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 
@@ -11,18 +12,19 @@ from transformers import CLIPTokenizer
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.world.attributes import random_picture
 from bunny_lora.world.captions import vocabulary
-from bunny_lora.world.learner import learning_rate
-from bunny_lora.world.pretrain_data import Renders, batches
+from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.pretrain_data import as_rows, drawn_pictures
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.pretrain_sd import pretrain_sd, training_caption
-from bunny_lora.world.pretrain_vae import pretrain_vae
+from bunny_lora.world.pretrain_vae import crops, pretrain_vae
 from bunny_lora.world.tokenizer import save_tokenizer
 
 TINY_VAE = {
     "size": 32,
     "channels": (8, 8, 8, 8),
     "batch_size": 2,
-    "max_steps": 4,
+    "max_steps": 5,
+    "n_pictures": 20,
     "n_heldout": 4,
     "report": lambda _: None,
 }
@@ -38,16 +40,61 @@ def same(first, second):
 
 def test_the_rate_rises_and_falls_to_zero():
     rates = [learning_rate(step, 3000, 1.0) for step in range(3000)]
-    assert rates[0] < 0.01 and rates[1000] == 1.0 and rates[-1] < 0.01
+    assert rates[0] < 0.01 and rates[900] == 1.0 and rates[-1] < 0.01
     assert max(rates) == 1.0
 
 
-def test_batches_do_not_depend_on_where_one_starts():
-    renders = Renders(0, 32)
-    everything = [images for images, _ in batches(renders, 0, 4, 2)]
-    later = [images for images, _ in batches(renders, 2, 4, 2)]
-    assert len(everything) == 4 and everything[0].shape == (2, 3, 32, 32)
-    assert all(torch.equal(a, b) for a, b in zip(everything[2:], later, strict=True))
+def test_pictures_are_drawn_once_and_completed_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr("bunny_lora.world.pretrain_data._BLOCK", 2)
+    monkeypatch.setattr("bunny_lora.world.pretrain_data._SAVE_EVERY", 1)
+    whole = np.array(drawn_pictures(tmp_path, 6, size=32, report=lambda _: None))
+    assert whole.shape == (6, 4, 32, 32)
+    assert np.array_equal(whole[5], as_rows(random_picture(0, 5), 32))
+    assert set(np.unique(whole[:, 3])) == {1, 2, 3}
+    interrupt(tmp_path / "pictures", n_rows_done=2)
+    assert np.array_equal(drawn_pictures(tmp_path, 6, size=32, report=lambda _: None), whole)
+    others = drawn_pictures(tmp_path, 6, size=32, seed=1, report=lambda _: None)
+    assert not np.array_equal(others, whole)
+
+
+def interrupt(stem, n_rows_done):
+    """Make an array look like one whose filling was interrupted."""
+    progress = json.loads(stem.with_suffix(".json").read_text())
+    stem.with_suffix(".json").write_text(json.dumps(progress | {"n_rows_done": n_rows_done}))
+    torn = np.lib.format.open_memmap(stem.with_suffix(".npy"), "r+")
+    torn[n_rows_done:] = 0
+    torn.flush()
+
+
+def test_every_second_crop_lies_around_a_character():
+    pictures = np.ones((2, 4, 16, 16), np.uint8)
+    pictures[:, :3] = np.random.default_rng(1).integers(256, size=(2, 3, 16, 16))
+    pictures[:, 3, 10, 5] = 3
+    squares = crops(pictures, 4, 60, np.random.default_rng(0)).numpy()
+    assert squares.shape == (60, 4, 4, 4)
+    assert (squares[1::2, 3] == 3).any(axis=(1, 2)).all()
+    assert (squares[::2, 3] == 3).any(axis=(1, 2)).mean() < 0.3
+    windows = np.lib.stride_tricks.sliding_window_view(pictures, (4, 4), axis=(2, 3))
+    known = {windows[i, :, y, x].tobytes() for i in range(2) for y in range(13) for x in range(13)}
+    assert {square.tobytes() for square in squares} <= known
+
+
+def test_both_optimisers_learn_and_average(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {"layer": torch.nn.Linear(4, 4), "token_embedding": torch.nn.Embedding(3, 4)}
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = Learner(model, {})
+    for _ in range(3):
+        learner.update(model["layer"](model["token_embedding"].weight).square().mean(), 0.01)
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    with learner.averaged():
+        assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    learner.save(tmp_path / "state.safetensors")
+    kinds = {name.split(".", 1)[0] for name in load_file(tmp_path / "state.safetensors")}
+    assert kinds == {"model", "ema", "momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
 def test_vae_training_resumes_as_if_never_stopped(tmp_path):
@@ -73,6 +120,7 @@ TINY_SD = {
     "batch_size": 2,
     "max_steps": 4,
     "n_pictures": 20,
+    "size": 32,
     "n_sample_steps": 2,
     "report": lambda _: None,
 }
@@ -110,16 +158,13 @@ def test_training_captions_drop_out_and_meet_new_names():
 
 
 def test_latents_are_encoded_once_and_completed_after_an_interruption(tmp_path, vae_dir, monkeypatch):
-    monkeypatch.setattr("bunny_lora.world.pretrain_latents._SAVE_EVERY", 1)
+    monkeypatch.setattr("bunny_lora.world.pretrain_data._SAVE_EVERY", 1)
+    pictures = drawn_pictures(tmp_path, 10, size=32, report=lambda _: None)
     options = {"batch_size": 4, "report": lambda _: None}
-    whole = np.array(encoded_pictures(tmp_path, vae_dir, 10, **options))
+    whole = np.array(encoded_pictures(tmp_path, vae_dir, pictures, **options))
     assert whole.shape == (10, 4, 4, 4) and whole.std() > 0
-    progress = tmp_path / "latents.json"
-    progress.write_text(progress.read_text().replace('"n_batches_done": 3', '"n_batches_done": 1'))
-    torn = np.lib.format.open_memmap(tmp_path / "latents.npy", "r+")
-    torn[4:] = 0
-    torn.flush()
-    assert np.array_equal(encoded_pictures(tmp_path, vae_dir, 10, **options), whole)
+    interrupt(tmp_path / "latents", n_rows_done=4)
+    assert np.array_equal(encoded_pictures(tmp_path, vae_dir, pictures, **options), whole)
 
 
 def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):

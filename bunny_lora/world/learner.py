@@ -18,14 +18,19 @@ from bunny_lora.runs import atomic_path
 
 
 def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int = 200) -> float:
-    """Return the rate of a step: up to `peak`, level, then down to 0 over the last third."""
+    """Return the rate of a step: up to `peak`, level, then down to 0 over the last two thirds."""
     warm = (step + 1) / warmup_steps
-    cool = (max_steps - step) / max(1, max_steps // 3)
+    cool = (max_steps - step) / max(1, max_steps * 2 // 3)
     return peak * min(1.0, warm, cool)
 
 
 class Learner:
-    """A model, its AdamW, the running average of its weights, and how many steps they have seen.
+    """A model, its optimisers, the running average of its weights, and how many steps they have seen.
+
+    Matrices and convolution kernels (as matrices, a row an output channel) learn with Muon, which
+    makes the most of few pictures; embeddings, gains and biases with AdamW. Muon's updates are scaled
+    to the size of AdamW's, so that one learning rate does for both.
+    Muon: https://kellerjordan.github.io/posts/muon/; the scale: https://arxiv.org/abs/2502.16982.
 
     `settings` are the choices that the numbers depend on; a state saved under others is refused.
     """
@@ -36,15 +41,32 @@ class Learner:
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._parameters: list[torch.Tensor] = list(self._named.values())
         self._average = [p.detach().clone() for p in self._parameters]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0, betas=(0.9, 0.99))
+        # the same memory, seen as a matrix: Muon takes nothing else
+        self._matrices = {
+            name: nn.Parameter(p.detach().view(len(p), -1))
+            for name, p in self._named.items()
+            if p.ndim >= 2 and "embedding" not in name
+        }
+        self._rest = {n: p for n, p in self._named.items() if n not in self._matrices}
+        self._muon = torch.optim.Muon(
+            self._matrices.values(), lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = torch.optim.AdamW(
+            self._rest.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0
+        )
 
     def update(self, loss: torch.Tensor, rate: float) -> float:
         """Take one step down `loss` at learning rate `rate`; return the gradient's norm."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for name, matrix in self._matrices.items():
+            gradient = self._named[name].grad
+            matrix.grad = None if gradient is None else gradient.view_as(matrix)
+        for optimizer in (self._muon, self._adamw):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.ema_decay, self.step / (self.step + 10))
         with torch.no_grad():
@@ -66,7 +88,10 @@ class Learner:
         tensors: dict[str, torch.Tensor] = {}
         for (name, p), mean in zip(self._named.items(), self._average, strict=True):
             tensors |= {f"model.{name}": p.detach(), f"ema.{name}": mean}
-            for key, value in self._optimizer.state[p].items():
+        for name, matrix in self._matrices.items():
+            tensors |= {f"{key}.{name}": value for key, value in self._muon.state[matrix].items()}
+        for name, p in self._rest.items():
+            for key, value in self._adamw.state[p].items():
                 if key != "step":
                     tensors[f"{key}.{name}"] = value
         contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -94,7 +119,11 @@ class Learner:
                 for (name, p), mean in zip(self._named.items(), self._average, strict=True):
                     p.copy_(file.get_tensor(f"model.{name}"))
                     mean.copy_(file.get_tensor(f"ema.{name}"))
-                    self._optimizer.state[p] = {
+                for name, matrix in self._matrices.items():
+                    momentum = file.get_tensor(f"momentum_buffer.{name}").to(matrix.device)
+                    self._muon.state[matrix] = {"momentum_buffer": momentum}
+                for name, p in self._rest.items():
+                    self._adamw.state[p] = {
                         "step": torch.tensor(float(self.step)),
                         "exp_avg": file.get_tensor(f"exp_avg.{name}").to(p.device),
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}").to(p.device),

@@ -1,16 +1,24 @@
-"""Renders as tensors: the endless stream of pictures that the models of Bunny World learn from."""
+"""Renders as tensors: the pictures that the models of Bunny World learn from, drawn once and kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch.utils.data import DataLoader, Dataset
 
+from bunny_lora.runs import read_json, write_json
 from bunny_lora.seeding import derive_seed
 from bunny_lora.world.attributes import HEROES, Picture, hero_picture, random_picture
 from bunny_lora.world.renderer import render
+
+N_PICTURES = 60_000
+_BLOCK = 50
+_SAVE_EVERY = 20
 
 
 def heldout_seed(seed: int) -> int:
@@ -18,54 +26,99 @@ def heldout_seed(seed: int) -> int:
     return derive_seed(seed, "world held-out pictures")
 
 
-class Renders(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Picture `index` of the random stream, with a map of where it matters.
+def as_rows(picture: Picture, size: int) -> np.ndarray:
+    """Return a picture as uint8 [4, size, size]: red, green, blue, and a map of where it matters.
 
-    An item is the image, uint8 [3, size, size], and the weights, uint8 [1, size, size]: 1 for the
-    background, 2 for a body, 4 for a face.
+    The map is 1 for the background, 2 for a body, 3 for a face.
     """
+    drawn = render(picture, (size, size))
+    weight = np.ones((1, size, size), np.uint8)
+    for value, boxes in ((2, drawn.bodies), (3, drawn.faces)):
+        for x1, y1, x2, y2 in boxes:
+            weight[:, y1:y2, x1:x2] = value
+    return np.concatenate([np.array(drawn.image).transpose(2, 0, 1), weight])
+
+
+class _Renders(Dataset[np.ndarray]):
+    """Picture `index` of the random stream, as `as_rows` gives it."""
 
     def __init__(self, seed: int, size: int) -> None:
         self.seed, self.size = seed, size
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return as_tensors(random_picture(self.seed, index), self.size)
+    def __getitem__(self, index: int) -> np.ndarray:
+        return as_rows(random_picture(self.seed, index), self.size)
 
 
-def as_tensors(picture: Picture, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a picture's image and weights as `Renders` gives them."""
-    drawn = render(picture, (size, size))
-    weight = np.ones((1, size, size), np.uint8)
-    for value, boxes in ((2, drawn.bodies), (4, drawn.faces)):
-        for x1, y1, x2, y2 in boxes:
-            weight[:, y1:y2, x1:x2] = value
-    image = np.array(drawn.image).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(weight)
+def filled_rows(
+    path: Path,
+    key: Mapping[str, Any],
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    blocks: Callable[[int], Iterable[np.ndarray]],
+    report: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Return the array of `shape` that lies memory-mapped in `path`; fill in what is missing.
 
-
-def batches(
-    renders: Renders, first: int, last: int, batch_size: int, n_workers: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches at positions `first` to `last` - 1 of the stream, as `Renders` items stacked.
-
-    Batch i holds the pictures from i * `batch_size`, whoever draws them and wherever one starts.
+    `blocks(n)` yields the rows from row n on, a few at a time. Goes on where an interruption left off,
+    and starts anew for another `key`.
     """
-    indices = range(first * batch_size, last * batch_size)
-    yield from DataLoader(renders, batch_size, sampler=indices, num_workers=n_workers)
+    progress = path.with_suffix(".json")
+    known = read_json(progress) if progress.is_file() and path.is_file() else {}
+    key = dict(key) | {"shape": list(shape)}
+    done = known["n_rows_done"] if known | key == known else 0
+    rows = open_memmap(path, "r+" if done else "w+", None if done else dtype, None if done else shape)
+    if done == len(rows):
+        return rows
+    for index, block in enumerate(blocks(done), start=1):
+        rows[done : done + len(block)] = block
+        done += len(block)
+        if index % _SAVE_EVERY == 0 or done == len(rows):
+            rows.flush()
+            write_json(progress, key | {"n_rows_done": done})
+            report(f"{path.stem}: {done} of {len(rows)}")
+    return rows
 
 
-def to_unit(images: torch.Tensor, device: str) -> torch.Tensor:
+def drawn_pictures(
+    out_dir: Path,
+    n_pictures: int,
+    *,
+    size: int = 128,
+    seed: int = 0,
+    n_workers: int = 0,
+    report: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Return the random stream as uint8 [n_pictures, 4, size, size], see `as_rows`.
+
+    The pictures lie memory-mapped in `out_dir/pictures.npy`, shared by all models; what is missing
+    there is drawn. Row i is picture i.
+    """
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+
+    def blocks(first: int) -> Iterable[np.ndarray]:
+        rest = range(first, n_pictures)
+        loader = DataLoader(_Renders(seed, size), _BLOCK, sampler=rest, num_workers=n_workers)
+        return (block.numpy() for block in loader)
+
+    shape = (n_pictures, 4, size, size)
+    return filled_rows(Path(out_dir) / "pictures.npy", {"seed": seed}, shape, np.uint8, blocks, report)
+
+
+def to_unit(images: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     """Return uint8 images as float32 from -1 to 1."""
     return images.to(device).float() / 127.5 - 1
 
 
 def heldout(seed: int, size: int, n: int) -> torch.Tensor:
     """Return `n` random pictures that training never sees, uint8 [n, 3, size, size]."""
-    renders = Renders(heldout_seed(seed), size)
-    return torch.stack([renders[index][0] for index in range(n)])
+    return _images([random_picture(heldout_seed(seed), index) for index in range(n)], size)
 
 
 def hero_images(seed: int, size: int, n_each: int) -> torch.Tensor:
     """Return `n_each` pictures of each hero, uint8 [4 * n_each, 3, size, size]."""
     pictures = [hero_picture([name], heldout_seed(seed), i) for name in HEROES for i in range(n_each)]
-    return torch.stack([as_tensors(picture, size)[0] for picture in pictures])
+    return _images(pictures, size)
+
+
+def _images(pictures: list[Picture], size: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in pictures]))

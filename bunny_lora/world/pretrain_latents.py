@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from numpy.lib.format import open_memmap
 
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.runs import read_json, sha256, write_json
-from bunny_lora.world.pretrain_data import Renders, batches, to_unit
-
-_SAVE_EVERY = 20
+from bunny_lora.runs import sha256
+from bunny_lora.world.pretrain_data import filled_rows, to_unit
 
 
 def encoded_pictures(
     out_dir: Path,
     vae_dir: Path,
-    n_pictures: int,
+    pictures: np.ndarray,
     *,
-    seed: int = 0,
     device: str = "cpu",
-    n_workers: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 25,
     report: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """Return the stream as scaled latents, float16 [n_pictures, 4, side, side]; encode what is missing.
+    """Return `drawn_pictures` as scaled latents, float16 [n_pictures, 4, side, side].
 
-    They lie memory-mapped in `out_dir/latents.npy`; row i is picture i. Goes on where an interruption
-    left off, and starts anew for another autoencoder, seed or number of pictures.
+    They lie memory-mapped in `out_dir/latents.npy`; what is missing there is encoded.
 
     Raises:
         BunnyLoraError: there is no autoencoder in `vae_dir`.
@@ -41,24 +35,16 @@ def encoded_pictures(
             f"No autoencoder in {vae_dir}: pretrain the vae first, with the same --out."
         )
     vae = AutoencoderKL.from_pretrained(vae_dir).to(device)
-    size, side = vae.config.sample_size, vae.config.sample_size // 8
-    path, progress = Path(out_dir) / "latents.npy", Path(out_dir) / "latents.json"
-    weights = sha256(Path(vae_dir) / "diffusion_pytorch_model.safetensors")
-    key = {"vae": weights, "seed": seed, "n_pictures": n_pictures, "batch_size": batch_size}
-    known = read_json(progress) if progress.is_file() and path.is_file() else {}
-    done = known["n_batches_done"] if known | key == known else 0
-    shape = (n_pictures, vae.config.latent_channels, side, side)
-    latents = open_memmap(path, "r+" if done else "w+", np.float16, None if done else shape)
-    last = -(-n_pictures // batch_size)
-    stream = batches(Renders(seed, size), done, last, batch_size, n_workers)
-    for index, (images, _) in enumerate(stream, start=done):
-        rows = slice(index * batch_size, min((index + 1) * batch_size, n_pictures))
-        latents[rows] = _encode(vae, to_unit(images, device))[: rows.stop - rows.start]
-        if (index + 1) % _SAVE_EVERY == 0 or index + 1 == last:
-            latents.flush()
-            write_json(progress, key | {"n_batches_done": index + 1})
-            report(f"encoded {rows.stop} of {n_pictures} pictures")
-    return latents
+    side = pictures.shape[-1] // 8
+
+    def blocks(first: int) -> Iterable[np.ndarray]:
+        for row in range(first, len(pictures), batch_size):
+            images = torch.from_numpy(pictures[row : row + batch_size, :3])
+            yield _encode(vae, to_unit(images, device))
+
+    key = {"vae": sha256(Path(vae_dir) / "diffusion_pytorch_model.safetensors")}
+    shape = (len(pictures), vae.config.latent_channels, side, side)
+    return filled_rows(Path(out_dir) / "latents.npy", key, shape, np.float16, blocks, report)
 
 
 @torch.no_grad()

@@ -19,13 +19,14 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import diffusion
+from bunny_lora import components, diffusion
 from bunny_lora.runs import atomic_path, read_json, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, random_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
 
@@ -147,7 +148,8 @@ def pretrain_sd(
     max_steps: int = 16_000,
     batch_size: int = 32,
     peak_rate: float = 5e-4,
-    n_pictures: int = 60_000,
+    n_pictures: int = N_PICTURES,
+    size: int = 128,
     channels: tuple[int, ...] = CHANNELS,
     seed: int = 0,
     device: str = "cpu",
@@ -164,9 +166,9 @@ def pretrain_sd(
         out_dir: holds `vae/` (see `pretrain_vae`), receives `latents.npy`, `sd_state.safetensors` to go
             on from, `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
-        n_pictures: pictures of the random stream to encode and learn from.
+        n_pictures: pictures of the random stream to learn from.
         stop_at: stop at this step already, as an interruption would.
-        n_workers: processes that draw pictures while encoding.
+        n_workers: processes that draw pictures.
         n_sample_steps: denoising steps of the pictures in `samples/`.
         report: receives a line of progress now and then.
 
@@ -175,15 +177,11 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
-    latents = encoded_pictures(
-        out_dir,
-        out_dir / "vae",
-        n_pictures,
-        seed=seed,
-        device=device,
-        n_workers=n_workers,
-        report=report,
+    vae = out_dir / "vae"
+    pictures = drawn_pictures(
+        out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
+    latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     side = latents.shape[-1]
     models = build_denoiser(len(tokenizer), side=side, channels=channels, seed=seed).to(device)
@@ -198,7 +196,7 @@ def pretrain_sd(
         lot = attributes.generator(seed, "sd batch", learner.step)
         chosen = lot.integers(n_pictures, size=batch_size)
         batch = torch.from_numpy(latents[chosen]).to(device).float()
-        tokens = tokenize(tokenizer, _captions(chosen, seed, learner.step)).to(device)
+        tokens = components.tokenize(tokenizer, _captions(chosen, seed, learner.step)).to(device)
         luck = generator(seed, "world sd noise", learner.step)
         loss = _loss(models, batch, tokens, scheduler.alphas_cumprod, luck)
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
@@ -217,12 +215,6 @@ def pretrain_sd(
                 export_pipeline(pipeline, out_dir / "sd")
             losses, since, first = [], time.monotonic(), learner.step
     return out_dir / "sd"
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Return int64 [len(texts), MAX_TOKENS], cut or padded."""
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS)
-    return torch.tensor(tokens["input_ids"])
 
 
 def build_pipeline(

@@ -10,17 +10,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from bunny_lora.runs import atomic_path
 from bunny_lora.seeding import derive_seed, generator
+from bunny_lora.world import attributes
 from bunny_lora.world.learner import Learner, learning_rate
-from bunny_lora.world.pretrain_data import Renders, batches, heldout, hero_images, to_unit
+from bunny_lora.world.pretrain_data import (
+    N_PICTURES,
+    drawn_pictures,
+    heldout,
+    hero_images,
+    to_unit,
+)
 
-CHANNELS = (24, 48, 96, 128)
-_KL_WEIGHT = 1e-4
+CHANNELS = (16, 32, 64, 128)
+_KL_WEIGHT = 1e-5
 
 
 def build_vae(size: int = 128, channels: tuple[int, ...] = CHANNELS, seed: int = 0) -> AutoencoderKL:
@@ -39,38 +46,40 @@ def build_vae(size: int = 128, channels: tuple[int, ...] = CHANNELS, seed: int =
         )
 
 
-def picture_loss(output: torch.Tensor, images: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return how far `output` is from `images`, both float32 [N, 3, H, W] from -1 to 1.
+def crops(pictures: np.ndarray, crop: int, n: int, luck: np.random.Generator) -> torch.Tensor:
+    """Return `n` squares of `crop` pixels from the rows [N, 4, H, W], uint8 [n, 4, crop, crop].
 
-    L1 on pixels, on their differences to the neighbours (edges: outlines, eyes) and on two coarser
-    scales, weighted by `weight` [N, 1, H, W], which makes faces count.
+    Every second one lies around a point of a character, where there is most to learn.
     """
-    error = output - images
-    weight = weight / weight.mean()
-    pixels = (weight * error.abs()).mean()
-    across = (weight[..., 1:] * (error[..., 1:] - error[..., :-1]).abs()).mean()
-    down = (weight[..., 1:, :] * (error[..., 1:, :] - error[..., :-1, :]).abs()).mean()
-    coarse = F.avg_pool2d(error, 4).abs().mean() + F.avg_pool2d(error, 16).abs().mean()
-    return pixels + 0.5 * (across + down) + 0.25 * coarse
+    squares = []
+    for number, index in enumerate(luck.integers(len(pictures), size=n)):
+        rows = pictures[index]
+        points = np.argwhere(rows[3] > number % 2)
+        middle = points[luck.integers(len(points))] if len(points) else (0, 0)
+        top, left = np.clip(np.array(middle) - crop // 2, 0, rows.shape[-1] - crop)
+        squares.append(rows[:, top : top + crop, left : left + crop])
+    return torch.from_numpy(np.stack(squares))
 
 
-def _loss(vae: AutoencoderKL, batch: list[torch.Tensor], noise: torch.Generator) -> torch.Tensor:
-    images, weight = batch
+def _loss(vae: AutoencoderKL, rows: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    images, weight = to_unit(rows[:, :3], str(rows.device)), 0.5 + 0.5 * rows[:, 3:].float()
     with torch.autocast(images.device.type, torch.bfloat16):
         posterior = vae.encode(images).latent_dist
         sample = torch.randn(posterior.mean.shape, generator=noise).to(images.device)
         output = vae.decode(posterior.mean + posterior.std * sample).sample
     mean, log_variance = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return picture_loss(output.float(), images, weight) + _KL_WEIGHT * kl
+    error = (weight * (output.float() - images).square()).sum() / (3 * weight.sum())
+    return error + _KL_WEIGHT * kl
 
 
 def pretrain_vae(
     out_dir: Path,
     *,
-    max_steps: int = 20_000,
-    batch_size: int = 8,
-    peak_rate: float = 6e-4,
+    max_steps: int = 16_000,
+    batch_size: int = 2,
+    peak_rate: float = 3e-3,
+    n_pictures: int = N_PICTURES,
     size: int = 128,
     channels: tuple[int, ...] = CHANNELS,
     seed: int = 0,
@@ -88,7 +97,9 @@ def pretrain_vae(
         out_dir: holds `vae_state.safetensors`, to go on from, and `vae/`, in diffusers' format.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         stop_at: stop at this step already, as an interruption would.
-        n_workers: processes that draw pictures; on a GPU one process cannot keep up.
+        batch_size: whole pictures a step, or as much in squares of half the side.
+        n_pictures: pictures of the random stream to draw and learn from.
+        n_workers: processes that draw pictures.
         n_heldout: pictures to measure the quality on, and as many of heroes.
         report: receives a line of progress at every evaluation.
 
@@ -97,17 +108,23 @@ def pretrain_vae(
     """
     out_dir = Path(out_dir)
     state = out_dir / "vae_state.safetensors"
+    pictures = drawn_pictures(
+        out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
+    )
     vae = build_vae(size, channels, seed).to(device)
     settings = {"size": size, "channels": list(channels), "seed": seed, "batch_size": batch_size}
+    settings["n_pictures"] = n_pictures
     learner = Learner(vae, settings | {"max_steps": max_steps, "peak_rate": peak_rate})
     learner.load(state)
     last = min(max_steps, stop_at or max_steps)
     losses: list[float] = []
     since, first = time.monotonic(), learner.step
-    for images, weight in batches(Renders(seed, size), learner.step, last, batch_size, n_workers):
-        batch = [to_unit(images, device), weight.to(device).float()]
-        noise = generator(seed, "world vae noise", learner.step)
-        loss = _loss(vae, batch, noise)
+    while learner.step < last:
+        # squares teach more a second than whole pictures, which come last and set the statistics right
+        n_squares = 1 if learner.step > 0.8 * max_steps else 2
+        luck = attributes.generator(seed, "vae batch", learner.step)
+        rows = crops(pictures, size // n_squares, batch_size * n_squares**2, luck).to(device)
+        loss = _loss(vae, rows, generator(seed, "world vae noise", learner.step))
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
         losses.append(float(loss.detach()))
 
@@ -117,10 +134,10 @@ def pretrain_vae(
         if learner.step % evaluate_every == 0 or learner.step == last:
             speed = (learner.step - first) * batch_size / (time.monotonic() - since)
             with learner.averaged():
-                pictures = heldout(seed, size, n_heldout)
+                unseen = heldout(seed, size, n_heldout)
                 heroes = hero_images(seed, size, n_heldout // 4)
-                quality = f"PSNR {psnr(vae, pictures):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
-                export_vae(vae, out_dir / "vae", pictures)
+                quality = f"PSNR {psnr(vae, unseen):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
+                export_vae(vae, out_dir / "vae", unseen)
             mean_loss = sum(losses) / len(losses)
             report(f"step {learner.step}: loss {mean_loss:.4f}, {quality}, {speed:.1f} images/s")
             losses, since, first = [], time.monotonic(), learner.step
