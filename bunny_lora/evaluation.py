@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from bunny_lora import components, inference, metrics, protocol, runs, standins
 from bunny_lora.config import Config, load_config
 from bunny_lora.dataset import known_images
-from bunny_lora.features import Features, crop_around, load_features
-from bunny_lora.images import open_rgb
+from bunny_lora.features import Features, load_features
+from bunny_lora.images import crop_around, open_rgb
 from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
 
 SCHEMA_VERSION = 1

@@ -1,7 +1,8 @@
 """Images to unit vectors, so that likeness is a dot product. One name, one way of looking.
 
 "palette" needs no weights: it sees colours and where they lie, hardly shape, and nothing of meaning.
-Any other name is a CLIP model, a local folder or a hub name, that sees what is in the picture.
+"bunny-world" is the CLIP that comes with the package; it knows nothing but that world. Any other name
+is a CLIP model, a local folder or a hub name, that sees what is in the picture.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn.functional import normalize
 
 from bunny_lora.errors import BunnyLoraError
 
+BUNNY_WORLD_CLIP = Path(__file__).parent / "world" / "weights" / "clip"
 PALETTE_SIZE_PX = 64
 BATCH_SIZE = 16
 
@@ -42,7 +44,7 @@ class Features:
     """A named way of turning images into vectors.
 
     Attributes:
-        name: "palette", or the CLIP model's folder or hub name.
+        name: "palette", "bunny-world", or the CLIP model's folder or hub name.
     """
 
     def __init__(self, name: str, embed: Callable[[list[Image.Image]], torch.Tensor]) -> None:
@@ -67,7 +69,7 @@ def load_features(name: str, device: str = "cpu") -> Features:
     """Return the features called `name`.
 
     Args:
-        name: "palette", or a CLIP model: a local folder or a hub name such as
+        name: "palette", "bunny-world", or a CLIP model: a local folder or a hub name such as
             openai/clip-vit-base-patch32.
         device: where CLIP runs; the palette always runs on the CPU.
 
@@ -76,27 +78,14 @@ def load_features(name: str, device: str = "cpu") -> Features:
     """
     if name == "palette":
         return Features(name, _palette)
+    if name == "bunny-world":
+        return Features(name, _clip(str(BUNNY_WORLD_CLIP), device))
     if "/" not in name and not Path(name).is_dir():
         raise BunnyLoraError(
-            f'Unknown evaluation.features "{name}": choose palette, or a CLIP model (a folder, or a'
-            " hub name such as openai/clip-vit-base-patch32)."
+            f'Unknown evaluation.features "{name}": choose palette, bunny-world, or a CLIP model'
+            " (a folder, or a hub name such as openai/clip-vit-base-patch32)."
         )
     return Features(name, _clip(name, device))
-
-
-def crop_around(image: Image.Image, box: Sequence[float], scale: float) -> Image.Image:
-    """Return the square around a box's middle, `scale` times its longer side, moved into the image.
-
-    Args:
-        image: any size, W x H pixels.
-        box: x1, y1, x2, y2 in pixels of the image.
-        scale: how much more than the box is seen; the square never exceeds the image's shorter side.
-    """
-    x1, y1, x2, y2 = box
-    side = min(scale * max(x2 - x1, y2 - y1), *image.size)
-    left = min(max((x1 + x2 - side) / 2, 0), image.width - side)
-    top = min(max((y1 + y2 - side) / 2, 0), image.height - side)
-    return image.crop((round(left), round(top), round(left + side), round(top + side)))
 
 
 def _clip(name: str, device: str) -> Callable[[list[Image.Image]], torch.Tensor]:

@@ -197,3 +197,18 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):
         return False
+
+
+def crop_around(image: Image.Image, box: Sequence[float], scale: float) -> Image.Image:
+    """Return the square around a box's middle, `scale` times its longer side, moved into the image.
+
+    Args:
+        image: any size, W x H pixels.
+        box: x1, y1, x2, y2 in pixels of the image.
+        scale: how much more than the box is seen; the square never exceeds the image's shorter side.
+    """
+    x1, y1, x2, y2 = box
+    side = min(scale * max(x2 - x1, y2 - y1), *image.size)
+    left = min(max((x1 + x2 - side) / 2, 0), image.width - side)
+    top = min(max((y1 + y2 - side) / 2, 0), image.height - side)
+    return image.crop((round(left), round(top), round(left + side), round(top + side)))

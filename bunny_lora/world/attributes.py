@@ -116,7 +116,7 @@ HEROES = {
 """The cast to be learned. Their furs and their ears never occur in random sampling, nor does any
 random character of a hero's species carry the hero's mark."""
 
-_HERO_MARKS = {traits.species: traits.mark for traits in HEROES.values()}
+HERO_MARKS = {traits.species: traits.mark for traits in HEROES.values()}
 
 
 def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
@@ -139,7 +139,7 @@ def random_traits(rng: np.random.Generator) -> Traits:
     species, outfit = pick(rng, SPECIES), pick(rng, OUTFITS)
     mark = "none"
     if outfit in BARE_CHEST and rng.random() < 0.4:
-        mark = pick(rng, [m for m in MARKS[1:] if m != _HERO_MARKS.get(species)])
+        mark = pick(rng, [m for m in MARKS[1:] if m != HERO_MARKS.get(species)])
     fur = pick(rng, FURS)
     colours = [colour for colour in OUTFIT_COLOURS if colour != fur]
     mark_colours = [colour for colour in MARK_COLOURS if colour != fur]

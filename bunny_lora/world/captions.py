@@ -224,6 +224,21 @@ def caption(picture: Picture, seed: int) -> str:
     return _fit(head, extras, teller.rng.permutation(len(extras)))
 
 
+def plain_caption(picture: Picture) -> str:
+    """Return all that can be asked for of a picture of one character, in plain words."""
+    (character,) = picture.characters
+    traits, scene = character.traits, picture.scene
+    looks = f"{_FUR[traits.fur][0]} {_SPECIES[traits.species][0]}"
+    if traits.outfit != "none":
+        looks += " wearing " + _OUTFITS[traits.outfit][0].format(traits.outfit_colour)
+    deeds = [_POSES[character.pose][0]]
+    if character.pose != "sleeping":
+        deeds.insert(0, _EXPRESSIONS[character.expression][0])
+    place = _PLACES[scene.place][0]
+    light = [_LIGHTS[scene.light][0]] if scene.place != "city" else []
+    return ", ".join([looks, *deeds, place, *light, _CAMERAS[scene.camera][0]])
+
+
 def _company(teller: _Teller, picture: Picture) -> list[str]:
     """Return the head of a caption of several: the names, then a few words on each."""
     people = sorted(picture.characters, key=lambda character: (not character.name, character.x))

@@ -1,0 +1,219 @@
+"""Pretrain the reader: a small classifier that says what a picture shows, to hold against the prompt.
+
+It is never shown a caption or a generated picture, so it judges both without favour.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import ResNetConfig, ResNetModel
+
+from bunny_lora.runs import atomic_path
+from bunny_lora.seeding import derive_seed, generator
+from bunny_lora.world import attributes
+from bunny_lora.world.attributes import Picture, random_picture
+from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.pretrain_data import (
+    N_PICTURES,
+    as_rows,
+    drawn_pictures,
+    heldout_seed,
+    to_unit,
+)
+
+QUESTIONS: Mapping[str, tuple[str, ...]] = {
+    "species": attributes.SPECIES,
+    "fur": attributes.FURS,
+    "place": attributes.PLACES,
+    "pose": attributes.POSES,
+    "outfit": attributes.OUTFITS,
+}
+WIDTHS = (32, 64, 128, 192)
+
+
+class Reader(nn.Module):
+    """Images [N, 3, H, W] from -1 to 1 to the logits of every question's answers, [N, answers]."""
+
+    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
+        super().__init__()
+        self.trunk = ResNetModel(
+            ResNetConfig(
+                embedding_size=widths[0],
+                hidden_sizes=list(widths),
+                depths=[1] * len(widths),
+                layer_type="basic",
+            )
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(widths[-1], len(answers)) for name, answers in QUESTIONS.items()}
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the logits."""
+        pooled = self.trunk(images).pooler_output.flatten(1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the index of the likeliest answer to every question, int64 [N], of uint8 images."""
+        device = str(next(self.parameters()).device)
+        answers = [self(to_unit(chunk, device)) for chunk in images.split(64)]
+        return {name: torch.cat([a[name] for a in answers]).argmax(1).cpu() for name in QUESTIONS}
+
+
+def truth(picture: Picture) -> list[int]:
+    """Return the index of the right answer to every question, for a picture of one character."""
+    (character,) = picture.characters
+    said = {"place": picture.scene.place, "pose": character.pose}
+    said |= {name: getattr(character.traits, name) for name in ("species", "fur", "outfit")}
+    return [answers.index(said[name]) for name, answers in QUESTIONS.items()]
+
+
+def single_picture(seed: int, index: int, camera: str = "medium") -> Picture:
+    """Return the first random picture of one character seen by `camera`, of many that `index` names."""
+    for attempt in range(1000):
+        picture = random_picture(seed, 1000 * index + attempt)
+        if len(picture.characters) == 1 and picture.scene.camera == camera:
+            return picture
+    raise AssertionError("random pictures hold every camera")
+
+
+def _blurred(images: torch.Tensor, luck: torch.Generator) -> torch.Tensor:
+    """Soften and roughen half of the images, as an autoencoder would; float32 [N, 3, H, W]."""
+    half = len(images) // 2
+    soft = F.avg_pool2d(images[:half], 3, stride=1, padding=1, count_include_pad=False)
+    share = torch.rand((half, 1, 1, 1), generator=luck)
+    soft = images[:half].lerp(soft, share)
+    soft = soft + 0.06 * torch.randn(soft.shape, generator=luck)
+    return torch.cat([soft, images[half:]])
+
+
+def pretrain_reader(
+    out_dir: Path,
+    *,
+    max_steps: int = 2500,
+    batch_size: int = 48,
+    peak_rate: float = 2e-3,
+    n_pictures: int = N_PICTURES,
+    size: int = 128,
+    widths: tuple[int, ...] = WIDTHS,
+    seed: int = 0,
+    device: str = "cpu",
+    n_workers: int = 0,
+    stop_at: int | None = None,
+    evaluate_every: int = 250,
+    n_heldout: int = 1000,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Train the reader, or go on training it, and return the file of its averaged weights.
+
+    Args:
+        out_dir: holds `pictures.npy` (see `drawn_pictures`), `reader_state.safetensors`, to go on from,
+            and `reader.safetensors`.
+        max_steps: length of the whole training; the learning rate ends at 0 there.
+        n_pictures: pictures of the random stream to draw; those of one character are learned from.
+        stop_at: stop at this step already, as an interruption would.
+        n_heldout: pictures that training never sees, to measure the accuracy on.
+        report: receives a line of progress at every evaluation.
+
+    Raises:
+        BunnyLoraError: the state in `out_dir` was made under other settings.
+    """
+    out_dir = Path(out_dir)
+    pictures = drawn_pictures(
+        out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
+    )
+    truths = [random_picture(seed, index) for index in range(n_pictures)]
+    alone = np.array([i for i, picture in enumerate(truths) if len(picture.characters) == 1])
+    labels = torch.tensor([truth(truths[i]) for i in alone])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "world reader weights"))
+        reader = Reader(widths).to(device)
+    settings = {"widths": list(widths), "seed": seed, "batch_size": batch_size, "size": size}
+    settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
+    learner = Learner(reader, settings, ema_decay=0.99)
+    learner.load(out_dir / "reader_state.safetensors")
+    last = min(max_steps, stop_at or max_steps)
+    since, first = time.monotonic(), learner.step
+    while learner.step < last:
+        reader.train()
+        lot = attributes.generator(seed, "reader batch", learner.step)
+        chosen = np.sort(lot.choice(len(alone), size=batch_size, replace=False))
+        order = torch.from_numpy(lot.permutation(batch_size))
+        images = to_unit(torch.from_numpy(pictures[alone[chosen], :3]))[order]
+        images = _blurred(images, generator(seed, "world reader blur", learner.step))
+        with torch.autocast(device, torch.bfloat16):
+            answers = reader(images.to(device))
+        right = labels[chosen][order].to(device)
+        losses = [
+            F.cross_entropy(answers[name].float(), right[:, column])
+            for column, name in enumerate(QUESTIONS)
+        ]
+        learner.update(torch.stack(losses).sum(), learning_rate(learner.step, max_steps, peak_rate))
+
+        # once in a while
+        if learner.step % evaluate_every == 0 or learner.step == last:
+            learner.save(out_dir / "reader_state.safetensors")
+            speed = (learner.step - first) * batch_size / (time.monotonic() - since)
+            with learner.averaged():
+                _settle(reader, pictures, alone)
+                scores = accuracy(reader, seed, size, n_heldout)
+                save_reader(reader, out_dir / "reader.safetensors")
+            told = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
+            report(f"step {learner.step}: {told}, {speed:.1f} images/s")
+            since, first = time.monotonic(), learner.step
+    return out_dir / "reader.safetensors"
+
+
+@torch.no_grad()
+def _settle(reader: Reader, pictures: np.ndarray, alone: np.ndarray) -> None:
+    """Measure the batch statistics anew: those from training belong to weights that came before."""
+    norms = [module for module in reader.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all batches
+    reader.train()
+    device = str(next(reader.parameters()).device)
+    for rows in np.array_split(alone[:640], 10):
+        reader(to_unit(torch.from_numpy(pictures[rows, :3]), device))
+    for norm in norms:
+        norm.momentum = 0.1
+    reader.eval()
+
+
+def accuracy(reader: Reader, seed: int, size: int, n: int) -> dict[str, float]:
+    """Return the share of right answers to each question on `n` pictures that training never sees."""
+    unseen = [single_picture(heldout_seed(seed), index) for index in range(n)]
+    images = torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in unseen]))
+    right = torch.tensor([truth(picture) for picture in unseen])
+    answers = reader.read(images)
+    return {
+        name: float((answers[name] == right[:, column]).float().mean())
+        for column, name in enumerate(QUESTIONS)
+    }
+
+
+def save_reader(reader: Reader, path: Path) -> None:
+    """Write the reader as one safetensors file."""
+    widths = json.dumps(list(reader.trunk.config.hidden_sizes))
+    tensors = {name: tensor.contiguous() for name, tensor in reader.state_dict().items()}
+    with atomic_path(path) as part:
+        save_file(tensors, part, {"widths": widths})
+
+
+def load_reader(path: Path) -> Reader:
+    """Return a reader that `pretrain_reader` wrote, ready to read."""
+    with safe_open(path, "pt") as file:
+        reader = Reader(tuple(json.loads(file.metadata()["widths"])))
+        reader.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return reader.eval()
