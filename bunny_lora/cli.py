@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,21 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     film.set_defaults(run=_film)
 
     pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
-    pretrain.add_argument("model", choices=["vae", "sd"], help="the autoencoder first, then the rest")
+    pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"], help="sd needs the vae")
     pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
     pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
     pretrain.set_defaults(run=_pretrain)
+
+    measure = commands.add_parser(
+        "measure", help="measure Bunny World's models: the model card's table"
+    )
+    measure.add_argument("--out", type=Path, required=True, help="folder of the reader and the results")
+    measure.add_argument("--weights", type=Path, required=True, help="folder of sd/ and clip/")
+    measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
+    measure.set_defaults(run=_measure)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -165,6 +173,8 @@ def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Pat
 
 def _pretrain(options: argparse.Namespace) -> None:
     from bunny_lora.components import resolve_device
+    from bunny_lora.world.pretrain_clip import pretrain_clip
+    from bunny_lora.world.pretrain_reader import pretrain_reader
     from bunny_lora.world.pretrain_sd import pretrain_sd
     from bunny_lora.world.pretrain_vae import pretrain_vae
 
@@ -172,8 +182,18 @@ def _pretrain(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
     if options.steps is not None:
         settings["max_steps"] = options.steps
-    pretrain = pretrain_vae if options.model == "vae" else pretrain_sd
-    print(pretrain(options.out, stop_at=options.stop_at, **settings))
+    models: dict[str, Callable[..., Path]]
+    models = {"vae": pretrain_vae, "sd": pretrain_sd, "clip": pretrain_clip, "reader": pretrain_reader}
+    print(models[options.model](options.out, stop_at=options.stop_at, **settings))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from bunny_lora.world.pretrain_reader import pretrain_reader
+    from bunny_lora.world.quality import measure
+
+    reader = pretrain_reader(options.out)
+    measure(options.weights, reader, options.out, n_images=options.images)
+    print(options.out / "quality.json")
 
 
 def _film(options: argparse.Namespace) -> None:

@@ -1,0 +1,172 @@
+"""How good the shipped models are: every figure of the model card, measured anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPModel
+
+from bunny_lora.runs import atomic_path, write_json
+from bunny_lora.seeding import generator
+from bunny_lora.world.attributes import HEROES, NAMES
+from bunny_lora.world.captions import plain_caption
+from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
+from bunny_lora.world.pretrain_data import heldout, heldout_seed, hero_images
+from bunny_lora.world.pretrain_reader import QUESTIONS, accuracy, load_reader, single_picture, truth
+from bunny_lora.world.pretrain_vae import psnr, reconstruct
+
+GUIDANCE_SCALE, N_STEPS = 4.0, 20
+_BATCH = 10
+
+
+def measure(
+    weights_dir: Path,
+    reader_file: Path,
+    out_dir: Path,
+    *,
+    n_images: int = 500,
+    n_heldout: int = 1000,
+    n_pairs: int = 100,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure the models in `weights_dir` (`sd/`, `clip/`) and return what `quality.json` then holds.
+
+    Args:
+        weights_dir: where the models lie.
+        reader_file: see `pretrain_reader`.
+        out_dir: receives `quality.json`, `samples.png`, `reconstructions.png`.
+        n_images: pictures to have drawn from prompts, read by the reader.
+        n_heldout: renders that nothing was trained on, for the reader; a quarter of it for the rest.
+        n_pairs: pictures of each hero, and with each hero's name.
+        seed: that of pretraining; everything here comes from seeds that it never used.
+        report: receives a line of progress now and then.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        weights_dir / "sd", safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    clip = CLIPModel.from_pretrained(weights_dir / "clip").eval()
+    size = pipeline.vae.config.sample_size
+
+    found: dict[str, Any] = {"vae": _measure_vae(pipeline, seed, size, n_heldout // 4, out_dir)}
+    report(f"vae: {found['vae']}")
+    heroes, truths = hero_views(seed, size, n_pairs)
+    vectors = image_vectors(clip, heroes)
+    found["clip"] = {"same_hero_auc": round(same_hero_auc(vectors, truths), 4), "n_images": len(heroes)}
+    report(f"clip: {found['clip']}")
+
+    reader = load_reader(reader_file)
+    asked = [single_picture(heldout_seed(seed) + 1, index) for index in range(n_images)]
+    images = _draw_all(pipeline, [plain_caption(picture) for picture in asked], seed, report)
+    right = torch.tensor([truth(picture) for picture in asked])
+    answers = reader.read(images)
+    found["base_model"] = {
+        "n_images": n_images,
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": N_STEPS,
+        "follows_the_prompt": {
+            name: round(float((answers[name] == right[:, column]).float().mean()), 4)
+            for column, name in enumerate(QUESTIONS)
+        },
+        "reader_on_renders": accuracy(reader, seed, size, n_heldout),
+    }
+    report(f"base model: {found['base_model']}")
+    save_sheet(images[:48], out_dir / "samples.png", n_columns=12)
+    found["heroes"] = _measure_names(pipeline, clip, vectors, n_pairs, seed, report)
+    write_json(out_dir / "quality.json", found)
+    return found
+
+
+def _measure_vae(
+    pipeline: StableDiffusionPipeline, seed: int, size: int, n: int, out_dir: Path
+) -> dict[str, float]:
+    unseen, heroes = heldout(seed, size, n), hero_images(seed, size, -(-n // 4))
+    shown = torch.cat([unseen[:6], heroes[:: len(heroes) // 6][:6]])
+    save_sheet(
+        torch.cat([shown, reconstruct(pipeline.vae, shown)]),
+        out_dir / "reconstructions.png",
+        n_columns=12,
+    )
+    return {
+        "psnr_db": round(psnr(pipeline.vae, unseen), 2),
+        "psnr_heroes_db": round(psnr(pipeline.vae, heroes), 2),
+        "n_images": n,
+    }
+
+
+def _measure_names(
+    pipeline: StableDiffusionPipeline,
+    clip: CLIPModel,
+    vectors: torch.Tensor,
+    n_each: int,
+    seed: int,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return how like each hero the base model's pictures are, by the hero's name and by others'.
+
+    `vectors` are those of `n_each` renders of each hero. Both names get the same scenes and noise.
+    """
+    strangers = [name for name in NAMES if name not in HEROES]
+    found = {}
+    for row, hero in enumerate(HEROES):
+        own = vectors[row * n_each : (row + 1) * n_each]
+        centre = torch.nn.functional.normalize(own.mean(0), dim=0)
+        by_name = []
+        for names in ([hero], strangers):
+            prompts = list(_name_prompts(names, n_each // 4, seed))
+            images = _draw_all(pipeline, prompts, seed + 1 + row, report)
+            by_name.append(image_vectors(clip, images) @ centre)
+        gain = by_name[0] - by_name[1]
+        found[hero] = {
+            "likeness_by_own_name": round(float(by_name[0].mean()), 3),
+            "likeness_by_other_names": round(float(by_name[1].mean()), 3),
+            "gain_95_percent": round(1.96 * float(gain.std()) / len(gain) ** 0.5, 3),
+            "likeness_of_renders": round(float((own @ centre).mean()), 3),
+        }
+    report(f"heroes: {found}")
+    return found
+
+
+def _name_prompts(names: Sequence[str], n: int, seed: int) -> Iterator[str]:
+    for index in range(n):
+        picture = single_picture(heldout_seed(seed) + 2, index)
+        (character,) = picture.characters
+        name = names[index % len(names)]
+        yield f"{name}, animated character, {character.pose}, {picture.scene.place}, medium shot"
+
+
+def _draw_all(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, report: Callable[[str], None]
+) -> torch.Tensor:
+    """Return one picture a prompt, uint8 [N, 3, H, W]; each has a seed of its own."""
+    images = []
+    for first in range(0, len(prompts), _BATCH):
+        chunk = prompts[first : first + _BATCH]
+        luck = [generator(seed, "world quality", first + slot) for slot in range(len(chunk))]
+        drawn = pipeline(
+            chunk,
+            num_inference_steps=N_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=luck,
+            output_type="pt",
+        ).images
+        images.append((drawn * 255).round().to(torch.uint8))
+        if (first + _BATCH) % 100 == 0:
+            report(f"drew {first + _BATCH} of {len(prompts)}")
+    return torch.cat(images)
+
+
+def save_sheet(images: torch.Tensor, path: Path, n_columns: int) -> None:
+    """Write uint8 images [N, 3, H, W] as one PNG, row by row."""
+    rows = [torch.cat(list(row), dim=2) for row in images.split(n_columns)]
+    sheet = torch.cat([row for row in rows if row.shape == rows[0].shape], dim=1)
+    with atomic_path(path) as part:
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(part, format="PNG")
