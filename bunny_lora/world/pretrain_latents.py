@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import sha256
 from bunny_lora.world.pretrain_data import filled_rows, to_unit
 
@@ -26,14 +25,7 @@ def encoded_pictures(
     """Return `drawn_pictures` as scaled latents, float16 [n_pictures, 4, side, side].
 
     They lie memory-mapped in `out_dir/latents.npy`; what is missing there is encoded.
-
-    Raises:
-        BunnyLoraError: there is no autoencoder in `vae_dir`.
     """
-    if not (Path(vae_dir) / "config.json").is_file():
-        raise BunnyLoraError(
-            f"No autoencoder in {vae_dir}: pretrain the vae first, with the same --out."
-        )
     vae = AutoencoderKL.from_pretrained(vae_dir).to(device)
     side = pictures.shape[-1] // 8
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bunny_lora import components, diffusion
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import atomic_path, read_json, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
@@ -173,11 +174,13 @@ def pretrain_sd(
         report: receives a line of progress now and then.
 
     Raises:
-        BunnyLoraError: the state in `out_dir` was made under other settings.
+        BunnyLoraError: no `vae/` in `out_dir`, or its state was made under other settings.
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
     vae = out_dir / "vae"
+    if not (vae / "config.json").is_file():
+        raise BunnyLoraError(f"No autoencoder in {vae}: pretrain the vae first, with the same --out.")
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
