@@ -16,7 +16,7 @@ from bunny_lora.world.learner import Learner, learning_rate
 from bunny_lora.world.pretrain_data import as_rows, drawn_pictures
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.pretrain_sd import pretrain_sd, training_caption
-from bunny_lora.world.pretrain_vae import crops, pretrain_vae
+from bunny_lora.world.pretrain_vae import crops, pretrain_vae, recoloured
 from bunny_lora.world.tokenizer import save_tokenizer
 
 TINY_VAE = {
@@ -77,6 +77,17 @@ def test_every_second_crop_lies_around_a_character():
     windows = np.lib.stride_tricks.sliding_window_view(pictures, (4, 4), axis=(2, 3))
     known = {windows[i, :, y, x].tobytes() for i in range(2) for y in range(13) for x in range(13)}
     assert {square.tobytes() for square in squares} <= known
+
+
+def test_every_fourth_picture_gets_its_colours_exchanged():
+    rows = torch.from_numpy(np.random.default_rng(0).integers(256, size=(400, 4, 2, 2), dtype=np.uint8))
+    before = rows.clone()
+    after = recoloured(rows, np.random.default_rng(0))
+    changed = (after != before).flatten(1).any(1)
+    assert torch.equal(rows, before) and not changed.view(-1, 4)[:, 1:].any()
+    assert 0.7 < changed[::4].float().mean() < 0.95
+    assert torch.equal(after[:, :3].sort(1).values, before[:, :3].sort(1).values)
+    assert torch.equal(after[:, 3], before[:, 3])
 
 
 def test_both_optimisers_learn_and_average(tmp_path):
