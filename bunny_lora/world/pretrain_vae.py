@@ -88,7 +88,7 @@ def _loss(vae: AutoencoderKL, rows: torch.Tensor, noise: torch.Generator) -> tor
 def pretrain_vae(
     out_dir: Path,
     *,
-    max_steps: int = 16_000,
+    max_steps: int = 14_000,
     batch_size: int = 2,
     peak_rate: float = 3e-3,
     n_pictures: int = N_PICTURES,
