@@ -125,7 +125,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             f"The weights in {folder} cannot be read safely: {path.name}: {reason}. They are cut off,"
             " damaged, or a pickle that holds more than tensors; use another checkpoint."
         ) from None
-    return {name: _checked(name, tensor, folder) for name, tensor in state.items()}
+    return {name: checked(name, tensor, folder) for name, tensor in state.items()}
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -141,7 +141,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _checked(name: str, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+def checked(name: str, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Return a tensor from a file as float32; refuse one of other kinds or with NaN."""
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise BunnyLoraError(f"The weights in {folder} hold {kind} where numbers should be: {name}.")
