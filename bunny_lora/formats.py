@@ -235,7 +235,7 @@ def write_diffusers(lora: LoRA, path: Path) -> None:
     assume that do not look at the metadata.
     """
     state: dict[str, torch.Tensor] = {}
-    told = {}
+    told: dict[str, Any] = {}
     for part, modules in lora.items():
         folded = {
             n: Module(m.down, m.up * (m.alpha / m.rank), float(m.rank)) for n, m in modules.items()
