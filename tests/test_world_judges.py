@@ -17,6 +17,7 @@ from bunny_lora.world.pretrain_clip import (
     character_traits,
     drawn_characters,
     pretrain_clip,
+    recoloured,
     same_hero_auc,
     view,
 )
@@ -101,6 +102,19 @@ def test_the_clip_resumes_and_looks_at_pictures_as_evaluation_features(tmp_path)
     image = Image.fromarray(np.ascontiguousarray(rendering[0, 0].transpose(1, 2, 0)))
     vectors = load_features(str(whole))([image, image.rotate(180)])
     assert vectors.shape == (2, 16) and not torch.equal(vectors[0], vectors[1])
+
+
+def test_families_are_recoloured_together_and_said_to_be():
+    images = torch.rand(40, 2, 3, 4, 4)
+    after, kept = recoloured(images, np.random.default_rng(0))
+    assert torch.equal(after[kept], images[kept]) and 8 < int(kept.sum()) < 32
+    assert torch.equal(kept[::2], kept[1::2])
+    assert torch.equal(after.sort(2).values, images.sort(2).values)
+    for first in range(0, 40, 2):
+        shift = [
+            (after[first, 0, c] == images[first, 0]).all((1, 2)).nonzero().item() for c in range(3)
+        ]
+        assert torch.equal(after[first : first + 2], images[first : first + 2][:, :, shift])
 
 
 def stills(*said):

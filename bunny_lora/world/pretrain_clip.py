@@ -32,23 +32,23 @@ from bunny_lora.world.renderer import render
 from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
 
 N_CHARACTERS = 12_000
-_TWIN = 0.5
+_TWIN, _RECOLOURED = 0.5, 0.5
 _FACE_CROP, _FACE_TO_CROP = 0.4, (2.0, 3.5)
 _TEMPERATURE = 0.1
 _IDENTITY_WEIGHT = 2.0
 
 
 def build_clip(
-    vocab_size: int, *, size: int = 128, width: int = 128, n_layers: int = 4, seed: int = 0
+    vocab_size: int, *, size: int = 128, width: int = 192, n_layers: int = 4, seed: int = 0
 ) -> CLIPModel:
-    """Return an untrained CLIP for `size` x `size` pictures in patches of 8."""
+    """Return an untrained CLIP for `size` x `size` pictures in patches of 16."""
     vision = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": n_layers,
         "num_attention_heads": 4,
         "image_size": size,
-        "patch_size": 8,
+        "patch_size": 16,
     }
     text = {
         "vocab_size": vocab_size,
@@ -149,27 +149,54 @@ def _contrast(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor | f
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
 
 
-def _loss(clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the loss of images [N, 2, 3, H, W] from -1 to 1 and the captions of both, [2 * N, T]."""
+def recoloured(images: torch.Tensor, luck: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exchange the colour channels of about half of the families, in both pictures of both twins.
+
+    Furs come in seven colours, and a judge that knows no others cannot tell a new one from an old one.
+    The first family always stays: there is then a caption that is true.
+
+    Returns:
+        images [N, 2, 3, H, W] with changes, and whether each character kept its colours, bool [N].
+    """
+    images, kept = images.clone(), torch.ones(len(images), dtype=torch.bool)
+    for first in range(2, len(images), 2):
+        if luck.random() < _RECOLOURED:
+            order = torch.from_numpy(luck.permutation(3))
+            images[first : first + 2] = images[first : first + 2, :, order]
+            kept[first : first + 2] = False
+    return images, kept
+
+
+def _loss(
+    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, told: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss of a batch.
+
+    Args:
+        clip: the model.
+        images: two of each character, [N, 2, 3, H, W] from -1 to 1.
+        tokens: the caption of each, [2 * N, T].
+        told: the characters that the captions are true of, bool [N].
+    """
     n = len(images)
     with torch.autocast(images.device.type, torch.bfloat16):
         seen = clip.get_image_features(pixel_values=images.flatten(0, 1)).pooler_output.float()
         said = clip.get_text_features(input_ids=tokens).pooler_output.float()
-    pairs = seen.view(n, 2, -1)
+    pairs, true = seen.view(n, 2, -1), told.repeat_interleave(2)
     identity = _contrast(pairs[:, 0], pairs[:, 1], 1 / _TEMPERATURE)
-    captions = _contrast(seen, said, clip.logit_scale.exp().clamp(max=100))
+    captions = _contrast(seen[true], said[true], clip.logit_scale.exp().clamp(max=100))
     return _IDENTITY_WEIGHT * identity + captions
 
 
 def pretrain_clip(
     out_dir: Path,
     *,
-    max_steps: int = 2500,
+    max_steps: int = 1500,
     batch_size: int = 32,
     peak_rate: float = 2e-3,
     n_characters: int = N_CHARACTERS,
     size: int = 128,
-    width: int = 128,
+    width: int = 192,
     n_layers: int = 4,
     seed: int = 0,
     device: str = "cpu",
@@ -215,8 +242,9 @@ def pretrain_clip(
             for index in chosen
             for number in range(2)
         ]
-        images = to_unit(torch.from_numpy(pictures[chosen]), device)
-        loss = _loss(clip, images, components.tokenize(tokenizer, texts).to(device))
+        images, told = recoloured(torch.from_numpy(pictures[chosen]), lot)
+        tokens = components.tokenize(tokenizer, texts).to(device)
+        loss = _loss(clip, to_unit(images, device), tokens, told.to(device))
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
 
         # once in a while
