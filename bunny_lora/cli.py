@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     config = _with_config(commands.add_parser("config", help="print the configuration in full"))
     config.set_defaults(run=_config)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
+    _add_export(commands.add_parser("export", help="write trained weights for other programs"))
     _add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
     return parser
 
@@ -84,6 +85,23 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     parser.set_defaults(run=_generate)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    kinds = ["peft", "diffusers", "kohya", "merged", "kohya-sd1"]
+    parser.add_argument(
+        "--lora-weights", required=True, help="…/final, …/checkpoint-100 or a run's folder"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--base-model", help="default: the one the run was trained on")
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=kinds,
+        help="repeatable; default: peft, diffusers and kohya",
+    )
+    parser.add_argument("--hub", metavar="OWNER/NAME", help="upload too, to this private repository")
+    parser.set_defaults(run=_export)
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +178,16 @@ def _generate(options: argparse.Namespace) -> None:
     for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
         inference.save_image(image, path)
     print("\n".join(runs.relative(path) for path in paths))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from bunny_lora import export, runs
+
+    kinds = options.format or export.USUAL
+    paths = export.export(options.lora_weights, options.out, kinds=kinds, base_model=options.base_model)
+    print("\n".join(runs.relative(path) for path in paths))
+    if options.hub:
+        print(export.upload(paths[-1].parent, options.hub))
 
 
 def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Path]:

@@ -255,8 +255,8 @@ def pretrain_clip(
                 heroes, truths = hero_views(seed, size, n_heldout)
                 auc = same_hero_auc(image_vectors(clip, heroes), truths)
                 save_clip(clip, out_dir / "clip", size)
-            told = f"loss {float(loss.detach()):.3f}, same hero AUC {auc:.4f}"
-            report(f"step {learner.step}: {told}, {speed:.1f} images/s")
+            quality = f"loss {float(loss.detach()):.3f}, same hero AUC {auc:.4f}"
+            report(f"step {learner.step}: {quality}, {speed:.1f} images/s")
             since, first = time.monotonic(), learner.step
     return out_dir / "clip"
 

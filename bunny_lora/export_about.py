@@ -1,0 +1,182 @@
+"""What an exported LoRA tells of itself: metadata that other tools show, and a model card."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from bunny_lora import runs
+from bunny_lora.config import Config, load_config
+from bunny_lora.dataset import known_images
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.formats import LoRA
+
+THUMBNAIL_PX = 256
+# What the hub says of the models that are usually trained on; others are named "unknown".
+BASE_LICENSES = {"nota-ai/bk-sdm-tiny": "creativeml-openrail-m", "bunny-world": "apache-2.0"}
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts about one trained LoRA, from its run folder; None and empty where none are recorded."""
+
+    title: str
+    base_model: str
+    step: int | None
+    config: Config | None
+    characters: dict[str, int]
+    n_images: int | None
+    rank: int
+    alpha: float
+    scores: dict[str, Any] | None
+    thumbnail: bytes | None
+
+    @classmethod
+    def of_run(cls, weights_dir: Path, base_model: str, lora: LoRA) -> About:
+        """Read what the run that `weights_dir` belongs to recorded."""
+        run_dir = weights_dir.parent
+        config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+        images = _images(config)
+        first = next(iter(next(iter(lora.values())).values()))
+        state = weights_dir / "training_state.json"
+        return cls(
+            title=run_dir.name if config else weights_dir.name,
+            base_model=base_model,
+            step=runs.read_json(state)["step"] if state.is_file() else None,
+            config=config,
+            characters=dict(Counter(n for image in images for n in image["characters"]).most_common()),
+            n_images=len(images) or None,
+            rank=first.rank,
+            alpha=first.alpha,
+            scores=_scores(run_dir),
+            thumbnail=_thumbnail(run_dir),
+        )
+
+    def kohya_metadata(self, *, experimental: bool = False) -> dict[str, str]:
+        """Return the header that A1111, ComfyUI's helpers and sd-scripts show; all values are text.
+
+        Names: sd-scripts, `networks/lora.py` and `train_network.py`, and the modelspec of
+        https://github.com/Stability-AI/ModelSpec.
+        """
+        told: dict[str, Any] = {
+            "ss_v2": "False",
+            "ss_base_model_version": "sd_v1",
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": self.rank,
+            "ss_network_alpha": self.alpha,
+            "ss_network_args": "{}",
+            "ss_output_name": self.title,
+            "ss_sd_model_name": self.base_model,
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": self.title,
+            "modelspec.trigger_phrase": ", ".join(self.characters),
+        }
+        if self.thumbnail:
+            encoded = base64.b64encode(self.thumbnail).decode()
+            told["modelspec.thumbnail"] = f"data:image/jpeg;base64,{encoded}"
+        if experimental:
+            told["modelspec.description"] = (
+                "Experimental: trained on BK-SDM-Tiny, blocks renamed to those of Stable Diffusion 1.x."
+            )
+        if self.characters:
+            told["ss_tag_frequency"] = json.dumps({"training": self.characters})
+            told["ss_dataset_dirs"] = json.dumps(
+                {"training": {"n_repeats": 1, "img_count": self.n_images}}
+            )
+        if self.config:
+            told |= _training_metadata(self.config)
+        known = {"ss_num_train_images": self.n_images, "ss_steps": self.step}
+        told |= {name: value for name, value in known.items() if value is not None}
+        return {name: str(value) for name, value in told.items()}
+
+
+def _training_metadata(config: Config) -> dict[str, Any]:
+    training = config.training
+    return {
+        "ss_learning_rate": training.learning_rate,
+        "ss_lr_scheduler": training.lr_scheduler,
+        "ss_lr_warmup_steps": training.lr_warmup_steps,
+        "ss_max_train_steps": training.max_train_steps,
+        "ss_batch_size_per_device": training.batch_size,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_max_grad_norm": training.max_grad_norm,
+        "ss_seed": training.seed,
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+    }
+
+
+def _images(config: Config | None) -> list[dict[str, Any]]:
+    try:
+        return known_images(runs.resolve(config.data_dir)) if config else []
+    except BunnyLoraError:
+        return []  # the training data did not come along
+
+
+def _scores(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "evaluation" / "eval.json"
+    return runs.read_json(path) if path.is_file() else None
+
+
+def _thumbnail(run_dir: Path) -> bytes | None:
+    """Return a small JPEG of the first picture that the evaluation, or training, drew with the LoRA."""
+    drawn = sorted((run_dir / "evaluation" / "images" / "final").glob("*.png"))
+    drawn += sorted((run_dir / "samples").glob("step-*/*.png"))[-1:]
+    if not drawn:
+        return None
+    with Image.open(drawn[0], formats=["PNG"]) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------------------- model card
+
+
+def model_card(about: About, files: list[str]) -> str:
+    """Return `README.md` with the front matter that the hub reads."""
+    front: dict[str, Any] = {
+        "base_model": about.base_model,
+        "license": BASE_LICENSES.get(about.base_model, "unknown"),
+        "library_name": "diffusers",
+        "tags": ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "lora"],
+    }
+    if about.characters:
+        front["instance_prompt"] = next(iter(about.characters))
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {about.title}\n\n"
+    text += (
+        f"LoRA of rank {about.rank} and alpha {about.alpha:g} for `{about.base_model}`, trained with"
+    )
+    text += " bunny_lora"
+    text += f" for {about.step} steps" if about.step else ""
+    text += f" on {about.n_images} images" if about.n_images else ""
+    text += ".\n\n"
+    if about.characters:
+        rows = "".join(f"| {name} | {count} |\n" for name, count in about.characters.items())
+        text += f"| trigger word | training images |\n|---|---|\n{rows}\n"
+    text += "Files: " + ", ".join(f"`{name}`" for name in files) + ".\n"
+    if about.scores:
+        text += "\n" + _score_table(about.scores)
+    return text
+
+
+def _score_table(scores: dict[str, Any]) -> str:
+    text = f"Judged with the features `{scores['settings']['features']}`, mean over all pictures:\n\n"
+    text += "| | base model | with the LoRA |\n|---|---|---|\n"
+    before, after = (scores["models"][name]["all"] for name in ("base", "final"))
+    for name in after:
+        values = [f"{side[name]['mean']:.3f}" if side.get(name) else "" for side in (before, after)]
+        text += f"| {name} | {values[0]} | {values[1]} |\n"
+    return text + (f"\n{scores['warning']}\n" if scores.get("warning") else "")

@@ -1,0 +1,168 @@
+"""Exports: what is written, what is refused, and that nothing is left when a check fails."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import draw_frames, tiny_config
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from test_adapters import attached, shake
+
+from bunny_lora import adapters, cli, components, export, formats, inference, runs
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.formats import Module
+
+FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on six frames, judged, as far as an export looks at it."""
+    root = tmp_path_factory.mktemp("project")
+    folder = root / "my_run"
+    parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
+    for part in adapters.PARTS:
+        handle = attached(getattr(parts, part), part)
+        shake(getattr(parts, part))
+        adapters.save_adapter(handle, folder / "final" / part)
+    data_dir = draw_frames(root / "data" / "instance_images", 6)
+    images = [
+        {"file_name": p.name, "characters": ["ellie"], "faces": []} for p in data_dir.glob("*.png")
+    ]
+    runs.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
+    config = tiny_config(tiny_model, data_dir=str(data_dir))
+    runs.write_text(folder / "config.yaml", config.to_yaml())
+    runs.write_json(folder / "final" / "training_state.json", {"step": 4})
+    pipe = inference.load_lora_pipeline(lora_weights_dir=folder)
+    image = inference.generate_image(pipe, "ellie", **FAST)
+    inference.save_image(image, folder / "evaluation" / "images" / "final" / "ellie-0-1.png")
+    all_scores = {"fidelity": {"mean": 0.25, "low": None, "high": None, "n": 1}}
+    scores = {"settings": {"features": "palette"}, "warning": None}
+    scores |= {"models": {name: {"all": all_scores} for name in ("base", "final")}}
+    runs.write_json(folder / "evaluation" / "eval.json", scores)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    paths = export.export(run_dir, folder, kinds=["peft", "diffusers", "kohya", "merged"])
+    names = ["peft", "pytorch_lora_weights.safetensors", "my_run.safetensors", "merged", "README.md"]
+    assert [path.name for path in paths] == names and all(path.exists() for path in paths)
+    return folder
+
+
+def test_every_format_draws_the_picture_that_training_would(
+    run_dir: Path, exported: Path, tiny_model: str
+) -> None:
+    pipe = inference.load_lora_pipeline(lora_weights_dir=run_dir)
+    ours = inference.generate_image(pipe, "ellie", seed=3, **FAST)
+    expected = torch.tensor(list(ours.tobytes())).float()
+    for name in ("pytorch_lora_weights.safetensors", "my_run.safetensors", "merged"):
+        plain = StableDiffusionPipeline.from_pretrained(
+            exported / name if name == "merged" else tiny_model
+        )
+        if name != "merged":
+            plain.load_lora_weights(exported / name)
+        picture = plain("ellie", generator=torch.Generator("cpu").manual_seed(3), **FAST).images[0]
+        difference = torch.tensor(list(picture.tobytes())).float() - expected
+        assert difference.abs().max() <= 1, name
+
+
+def test_other_tools_find_what_they_show(exported: Path) -> None:
+    with safe_open(exported / "my_run.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "8.0"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"training": {"ellie": 6}}
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.trigger_phrase"] == "ellie"
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert metadata["ss_steps"] == "4" and metadata["ss_num_train_images"] == "6"
+
+
+def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None:
+    text = (exported / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert told["base_model"] == tiny_model and told["instance_prompt"] == "ellie"
+    assert "| ellie | 6 |" in body and "| fidelity | 0.250 | 0.250 |" in body
+    assert "for 4 steps on 6 images" in body
+
+
+def test_a_file_that_its_loader_reads_differently_is_not_written(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = formats.write_kohya
+
+    def forgets_alpha(lora: formats.LoRA, path: Path, metadata: dict) -> None:
+        weak = {
+            part: {name: Module(m.down, m.up, float(m.rank)) for name, m in modules.items()}
+            for part, modules in lora.items()
+        }
+        honest(weak, path, metadata)
+
+    monkeypatch.setattr(formats, "write_kohya", forgets_alpha)
+    with pytest.raises(BunnyLoraError, match="was not written: its own loader changes"):
+        export.export(run_dir, tmp_path / "out", kinds=["peft", "kohya"])
+    assert not any(tmp_path.iterdir())
+
+    def forgets_half(lora: formats.LoRA, path: Path, metadata: dict) -> None:
+        honest(
+            {"unet": dict(list(lora["unet"].items())[1:])} | {"text_encoder": lora["text_encoder"]},
+            path,
+            metadata,
+        )
+
+    monkeypatch.setattr(formats, "write_kohya", forgets_half)
+    with pytest.raises(BunnyLoraError, match="other modules"):
+        export.export(run_dir, tmp_path / "out", kinds=["kohya"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_wrong_orders_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BunnyLoraError, match="Unknown format gguf: choose from peft"):
+        export.export(run_dir, tmp_path / "out", kinds=["gguf"])
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(BunnyLoraError, match="not empty"):
+        export.export(run_dir, tmp_path)
+    with pytest.raises(BunnyLoraError, match="other blocks"):
+        export.export(run_dir, tmp_path / "out", kinds=["kohya-sd1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_weights_without_their_run_are_exported_too(
+    run_dir: Path, tmp_path: Path, tiny_model: str
+) -> None:
+    shutil.copytree(run_dir / "final", tmp_path / "alone")
+    paths = export.export(tmp_path / "alone", tmp_path / "out", kinds=["kohya"], base_model=tiny_model)
+    assert paths[0].name == "alone.safetensors"
+    assert "trigger word" not in paths[-1].read_text()
+
+
+def test_nothing_is_uploaded_unless_asked_and_a_refusal_is_explained(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    uploaded = []
+
+    class Hub:
+        def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> str:
+            assert private and exist_ok
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            if repo_id == "me/full":
+                raise OSError("no space")
+            uploaded.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    order = ["export", "--lora-weights", str(run_dir), "--format", "peft", "--out"]
+    assert cli.main([*order, str(tmp_path / "quiet")]) == 0 and not uploaded
+    assert cli.main([*order, str(tmp_path / "loud"), "--hub", "me/mine"]) == 0
+    assert uploaded == [("me/mine", ["README.md", "peft"])]
+    assert "https://hub/me/mine" in capsys.readouterr().out
+    assert cli.main([*order, str(tmp_path / "again"), "--hub", "me/full"]) == 2
+    assert "hf auth login" in capsys.readouterr().err
