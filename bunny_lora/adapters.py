@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from bunny_lora import runs
 from bunny_lora.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.formats import Module, peft_config
 from bunny_lora.seeding import derive_seed
 
 # CLIP names its projections differently from the UNet, so `lora.target_modules` cannot serve both.
@@ -34,6 +35,7 @@ PARTS = ("unet", "text_encoder")
 __all__ = [
     "adapter_parts",
     "attach",
+    "attach_modules",
     "check_adapter",
     "load_adapter",
     "load_weights",
@@ -119,6 +121,20 @@ def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
                 f"The adapter in {folder} was made for another base model than the one loaded"
                 f" ({config.base_model_name_or_path or 'unknown'} is recorded in it): {error}"
             ) from error
+    peft_model.requires_grad_(False).eval()
+    return peft_model
+
+
+def attach_modules(model: torch.nn.Module, modules: Mapping[str, Module]) -> PeftModel:
+    """Put trained LoRA layers into `model`, in place; they fit it, see `formats.read_lora`."""
+    state = {}
+    for name, module in modules.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = module.down
+        state[f"base_model.model.{name}.lora_B.weight"] = module.up
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(model, peft_config(modules))
+        _put(peft_model, state)
     peft_model.requires_grad_(False).eval()
     return peft_model
 

@@ -72,7 +72,12 @@ def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lora-weights", help="…/final, …/checkpoint-100 or a run's folder")
+    parser.add_argument(
+        "--lora-weights",
+        action="append",
+        metavar="PATH[=WEIGHT]",
+        help="a run's folder, …/checkpoint-100 or a .safetensors file; repeatable, to mix several",
+    )
     parser.add_argument("--base-model", help="default: the one the run was trained on")
     parser.add_argument("--prompt", action="append", required=True, help="repeatable")
     parser.add_argument("--negative-prompt")
@@ -161,7 +166,8 @@ def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import inference, runs
     from bunny_lora.progress import progress
 
-    pipe = inference.load_lora_pipeline(options.base_model, options.lora_weights, options.device)
+    weights = dict(map(weighted, options.lora_weights or ()))
+    pipe = inference.load_lora_pipeline(options.base_model, weights, options.device)
     seeds = options.seed or [42]
     images = inference.generate_images(
         pipe,
@@ -178,6 +184,21 @@ def _generate(options: argparse.Namespace) -> None:
     for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
         inference.save_image(image, path)
     print("\n".join(runs.relative(path) for path in paths))
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """Return path and weight of `path=0.5`, weight 1 where none is given.
+
+    Raises:
+        BunnyLoraError: what follows the last "=" is no number.
+    """
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise BunnyLoraError(f"--lora-weights {text}: {weight} is no number.") from None
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,25 @@ def _refuse_misfit(path: Path, part: str, name: str, module: Module, model: torc
             f"{path} was made for another base model than the one loaded: the {part} has no {name} of"
             f" {module.down.shape[1]} inputs and {len(module.up)} outputs."
         )
+
+
+def combined(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """Return one LoRA that changes the weights as all of them do together, each times its weight.
+
+    Σ wₖ·Bₖ·Aₖ is the product of the Bs side by side and the As one below the other: nothing is lost,
+    the rank is the sum of the ranks. One LoRA of weight 1 comes back as it is.
+    """
+    if len(loras) == 1 and loras[0][1] == 1:
+        return loras[0][0]
+    found: LoRA = {}
+    for part in PARTS:
+        names = dict.fromkeys(name for lora, _ in loras for name in lora.get(part, {}))
+        for name in names:
+            own = [(lora[part][name], w) for lora, w in loras if name in lora.get(part, {})]
+            down = torch.cat([module.down for module, _ in own])
+            up = torch.cat([w * module.alpha / module.rank * module.up for module, w in own], dim=1)
+            found.setdefault(part, {})[name] = Module(down, up, float(len(down)))
+    return found
 
 
 # ---------------------------------------------------------------------------- writing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from bunny_lora import adapters, components, runs
+from bunny_lora import adapters, components, formats, runs
 from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
@@ -20,39 +20,49 @@ from bunny_lora.errors import BunnyLoraError
 
 def load_lora_pipeline(
     base_model: str | None = None,
-    lora_weights_dir: str | Path | None = None,
+    lora_weights_dir: str | Path | Mapping[str | Path, float] | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> StableDiffusionPipeline:
-    """Return a pipeline that draws with a trained LoRA, or with the base model alone.
+    """Return a pipeline that draws with a trained LoRA, with several, or with the base model alone.
 
     Args:
         base_model: folder, hub repository or stand-in; None reads it from the run that the weights
             belong to.
-        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, or a run folder (its `final`); None loads
-            no LoRA.
+        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (its `final`), or a
+            `.safetensors` file of diffusers or kohya; several as `{path: weight}`; None loads no LoRA.
         device: "cpu", "cuda" or "auto".
         dtype: precision of the base weights; None is the run's own, float32 without a run.
 
     Raises:
         BunnyLoraError: no such model or weights, or they do not belong together.
     """
-    weights_dir = None if lora_weights_dir is None else find_weights(lora_weights_dir)
+    given = {} if lora_weights_dir is None else lora_weights_dir
+    weights = dict(given) if isinstance(given, Mapping) else {given: 1.0}
+    found = {find_weights(path): weight for path, weight in weights.items()}
+    first = next(iter(found), None)
     place = components.resolve_device(device)
     if dtype is None:
-        dtype = run_dtype(weights_dir, place)
-    base_model = base_model or recorded_base_model(weights_dir)
+        dtype = run_dtype(first, place)
+    base_model = base_model or recorded_base_model(first)
     parts = components.load_components(base_model, place, dtype)
-    if weights_dir is not None:
-        for part, folder in adapters.adapter_parts(weights_dir).items():
+    if first is not None and found == {first: 1.0} and first.is_dir():
+        for part, folder in adapters.adapter_parts(first).items():
             adapters.load_adapter(getattr(parts, part), folder)
+    elif found:
+        models = {part: getattr(parts, part) for part in formats.PARTS}
+        loras = [(formats.read_lora(path, models), weight) for path, weight in found.items()]
+        for part, modules in formats.combined(loras).items():
+            adapters.attach_modules(models[part], modules)
     return components.pipeline_from(parts, base_model)
 
 
 def find_weights(lora_weights_dir: str | Path) -> Path:
-    """Return the folder that holds `unet/`: the one named, or `final/` inside it."""
+    """Return the folder that holds `unet/`: the one named, or `final/` inside it; or the file named."""
     folder = Path(lora_weights_dir).expanduser()
     folder = folder if folder.exists() else runs.resolve(folder)
+    if folder.is_file():
+        return folder
     if (folder / "final").is_dir():
         folder = folder / "final"
     adapters.adapter_parts(folder)
@@ -65,7 +75,7 @@ def recorded_base_model(weights_dir: Path | None) -> str:
     Raises:
         BunnyLoraError: it is recorded nowhere.
     """
-    if weights_dir is not None:
+    if weights_dir is not None and weights_dir.is_dir():
         if (weights_dir.parent / "config.yaml").is_file():
             return load_config(weights_dir.parent / "config.yaml").base_model
         folder = next(iter(adapters.adapter_parts(weights_dir).values()))
@@ -76,7 +86,9 @@ def recorded_base_model(weights_dir: Path | None) -> str:
 
 def run_dtype(weights_dir: Path | None, device: torch.device) -> torch.dtype:
     """Return the precision that a run was trained in, so that its pictures match its samples."""
-    if weights_dir is None or not (weights_dir.parent / "config.yaml").is_file():
+    if weights_dir is None or weights_dir.is_file():
+        return torch.float32
+    if not (weights_dir.parent / "config.yaml").is_file():
         return torch.float32
     training = load_config(weights_dir.parent / "config.yaml").training
     return components.resolve_dtype(training.mixed_precision, device)

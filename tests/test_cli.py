@@ -11,6 +11,7 @@ from conftest import draw_frames, tiny_config
 from PIL import Image
 
 from bunny_lora import cli
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.world.film import write_film
 
 
@@ -92,3 +93,12 @@ def test_the_denoiser_without_an_autoencoder_is_explained(
 ) -> None:
     assert cli.main(["world", "pretrain", "sd", "--out", "weights"]) == 2
     assert "pretrain the vae first" in capsys.readouterr().err
+
+
+def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path) -> None:
+    assert cli.weighted("outputs/run/final") == ("outputs/run/final", 1.0)
+    assert cli.weighted("a.safetensors=0.7") == ("a.safetensors", 0.7)
+    (tmp_path / "odd=name").mkdir()
+    assert cli.weighted(str(tmp_path / "odd=name")) == (str(tmp_path / "odd=name"), 1.0)
+    with pytest.raises(BunnyLoraError, match="strong is no number"):
+        cli.weighted("a.safetensors=strong")

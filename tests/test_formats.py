@@ -246,3 +246,18 @@ def test_what_is_no_lora_is_refused(tiny_model: str, tmp_path: Path) -> None:
     save_file(state, tmp_path / "half.safetensors", {"lora_adapter_metadata": "{"})
     with pytest.raises(BunnyLoraError, match=r"half\.safetensors.*no JSON"):
         formats.read_lora(tmp_path / "half.safetensors", models)
+
+
+def test_several_add_up_with_their_weights(lora: LoRA) -> None:
+    modules = lora["unet"]
+    name = next(iter(modules))
+    other = {"unet": {name: Module(modules[name].down[:2], modules[name].up[:, :2], 3.0)}}
+    both = formats.combined([(lora, 0.5), (other, -2.0)])
+    expected = 0.5 * modules[name].change() - 2 * other["unet"][name].change()
+    torch.testing.assert_close(both["unet"][name].change(), expected)
+    assert both["unet"][name].rank == 6
+    rest = [n for n in modules if n != name]
+    for n in rest:
+        torch.testing.assert_close(both["unet"][n].change(), 0.5 * modules[n].change())
+    assert both["text_encoder"].keys() == lora["text_encoder"].keys()
+    assert formats.combined([(lora, 1.0)]) is lora

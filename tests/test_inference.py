@@ -10,7 +10,7 @@ from peft import PeftModel
 from PIL import Image
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, components, inference, runs
+from bunny_lora import adapters, components, formats, inference, runs
 from bunny_lora.config import Config
 from bunny_lora.errors import BunnyLoraError
 
@@ -127,3 +127,38 @@ def test_a_png_without_readable_settings_has_none(tmp_path: Path, text: str | No
     inference.save_image(image, tmp_path / "out.png")
     assert inference.read_settings(tmp_path / "out.png") is None
     assert inference.read_settings(tmp_path / "absent.png") is None
+
+
+def test_files_of_other_tools_draw_as_the_run_does(
+    pipe: StableDiffusionPipeline, run_dir: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    ours = inference.generate_image(pipe, "ellie", seed=4, **FAST)
+    models = {part: getattr(pipe, part) for part in adapters.PARTS}
+    plain = {
+        part: getattr(StableDiffusionPipeline.from_pretrained(tiny_model), part) for part in models
+    }
+    formats.write_kohya(formats.read_lora(run_dir / "final", plain), tmp_path / "k.safetensors", {})
+    other = inference.load_lora_pipeline(tiny_model, tmp_path / "k.safetensors")
+    assert inference.generate_image(other, "ellie", seed=4, **FAST).tobytes() == ours.tobytes()
+    with pytest.raises(BunnyLoraError, match="name it: base_model"):
+        inference.load_lora_pipeline(lora_weights_dir=tmp_path / "k.safetensors")
+
+
+def test_a_lora_and_its_opposite_are_the_base_model(
+    run_dir: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(tiny_model)
+    models = {part: getattr(plain, part) for part in adapters.PARTS}
+    lora = formats.read_lora(run_dir / "final", models)
+    formats.write_diffusers(lora, tmp_path / "same.safetensors")
+    mixed = {run_dir: 1.0, tmp_path / "same.safetensors": -1.0}
+    nothing = inference.load_lora_pipeline(lora_weights_dir=mixed)
+    base = inference.load_lora_pipeline(tiny_model)
+    half = inference.load_lora_pipeline(lora_weights_dir={run_dir: 0.5})
+    whole = inference.load_lora_pipeline(lora_weights_dir=run_dir)
+    drawn = [inference.generate_image(p, "ellie", seed=4, **FAST) for p in (nothing, base, half, whole)]
+    pixels = [torch.tensor(list(image.tobytes())).float() for image in drawn]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1
+    assert (pixels[2] - pixels[1]).abs().max() > 1 and (pixels[2] - pixels[3]).abs().max() > 1
+    scaled = inference.generate_image(whole, "ellie", seed=4, lora_scale=0.5, **FAST)
+    assert (torch.tensor(list(scaled.tobytes())).float() - pixels[2]).abs().max() <= 1
