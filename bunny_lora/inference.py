@@ -20,7 +20,7 @@ from bunny_lora.errors import BunnyLoraError
 
 def load_lora_pipeline(
     base_model: str | None = None,
-    lora_weights_dir: str | Path | Mapping[str | Path, float] | None = None,
+    lora_weights_dir: str | Path | Mapping[Any, float] | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> StableDiffusionPipeline:
