@@ -79,7 +79,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="a run's folder, …/checkpoint-100 or a .safetensors file; repeatable, to mix several",
     )
     parser.add_argument("--base-model", help="default: the one the run was trained on")
-    parser.add_argument("--prompt", action="append", required=True, help="repeatable")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", help="repeatable")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one a line; needs --out")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for --prompts; the same command goes on in it"
+    )
     parser.add_argument("--negative-prompt")
     parser.add_argument("--seed", type=int, action="append", help="repeatable; default 42")
     parser.add_argument("--output", type=Path, default=Path("out.png"), help="PNG file, or a folder")
@@ -163,26 +168,31 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from bunny_lora import inference, runs
+    from bunny_lora import batch, inference, runs
     from bunny_lora.progress import progress
 
+    if bool(options.prompts) != bool(options.out):
+        raise BunnyLoraError("--prompts FILE and --out FOLDER go together.")
+    prompts = batch.read_prompts(options.prompts) if options.prompts else options.prompt
     weights = dict(map(weighted, options.lora_weights or ()))
     pipe = inference.load_lora_pipeline(options.base_model, weights, options.device)
     seeds = options.seed or [42]
-    images = inference.generate_images(
-        pipe,
-        options.prompt,
-        seeds,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        negative_prompt=options.negative_prompt,
-        width=options.width,
-        height=options.height,
-        lora_scale=options.lora_scale,
-    )
-    paths = output_paths(options.output, len(options.prompt), seeds)
-    for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
-        inference.save_image(image, path)
+    settings = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "negative_prompt": options.negative_prompt,
+        "width": options.width,
+        "height": options.height,
+        "lora_scale": options.lora_scale,
+    }
+    if options.out:
+        identity = batch.weights_identity(options.base_model, weights)
+        paths = batch.draw_batch(pipe, prompts, seeds, runs.resolve(options.out), identity, **settings)
+    else:
+        paths = output_paths(options.output, len(prompts), seeds)
+        images = inference.generate_images(pipe, prompts, seeds, **settings)
+        for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
+            inference.save_image(image, path)
     print("\n".join(runs.relative(path) for path in paths))
 
 

@@ -32,7 +32,7 @@ LAYERS = {
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),
-        *("figures", "scores", "grids", "report", "widgets", "export", "export_about"),
+        *("figures", "scores", "grids", "report", "widgets", "export", "export_about", "batch"),
     },
     "entry": {"session", "cli", "__main__"},
 }

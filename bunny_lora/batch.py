@@ -1,0 +1,112 @@
+"""Many pictures into one folder, going on where it was left, with contact sheets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+
+from bunny_lora import inference, protocol, runs
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.figures import save_figure
+from bunny_lora.grids import picture_grid
+from bunny_lora.progress import progress
+
+ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line, without empty lines and those that "#" opens.
+
+    Raises:
+        BunnyLoraError: no such file, no text, or no prompt in it.
+    """
+    try:
+        lines = runs.resolve(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BunnyLoraError(f"The prompts in {path} cannot be read: {error}.") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise BunnyLoraError(f"There is no prompt in {path}: write one a line.")
+    return prompts
+
+
+def weights_identity(base_model: str | None, weights: Mapping[Any, float]) -> dict[str, Any]:
+    """Return what, beside its settings, a picture depends on: base model and adapters, by their bytes.
+
+    Args:
+        base_model: None is the one recorded with the first weights.
+        weights: as for `inference.load_lora_pipeline`.
+    """
+    found = {inference.find_weights(path): weight for path, weight in weights.items()}
+    base_model = base_model or inference.recorded_base_model(next(iter(found), None))
+    loras = [
+        [runs.sha256(path) if path.is_file() else protocol.adapter_digest(path), weight]
+        for path, weight in found.items()
+    ]
+    base_sha256 = protocol.base_digest(base_model)
+    return {"base_model": base_model, "base_sha256": base_sha256, "loras": loras}
+
+
+def draw_batch(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out_dir: Path,
+    identity: Mapping[str, Any],
+    **settings: Any,
+) -> list[Path]:
+    """Draw every prompt with every seed into `out_dir/<prompt>-<seed>.png` and return the files.
+
+    A picture that is already there is kept if it says that the same prompt, settings and weights made
+    it, so an interrupted batch goes on, and a changed one is drawn anew where it changed.
+
+    Args:
+        pipe: from `inference.load_lora_pipeline`.
+        prompts: numbered from 0000 in the file names.
+        seeds: of each prompt.
+        out_dir: receives the pictures and `contact_sheet-<n>.png`.
+        identity: see `weights_identity`.
+        settings: as for `inference.generate_image`.
+    """
+    files = [
+        (out_dir / f"{index:04d}-{seed}.png", prompt, seed)
+        for index, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
+    missing = [file for file in files if not _is_current(*file, identity, settings)]
+    for path, prompt, seed in progress(missing, desc="draw", unit="image"):
+        image = inference.generate_image(pipe, prompt, seed=seed, **settings)
+        made = json.loads(image.info["parameters"]) | dict(identity)
+        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
+        inference.save_image(image, path)
+    paths = [path for path, _, _ in files]
+    _contact_sheets(out_dir, prompts, seeds, paths)
+    return paths
+
+
+def _is_current(
+    path: Path, prompt: str, seed: int, identity: Mapping[str, Any], settings: Mapping[str, Any]
+) -> bool:
+    made = inference.read_settings(path)
+    wanted = json.loads(json.dumps({"prompt": prompt, "seed": seed} | dict(settings) | dict(identity)))
+    # Width and height that were left to the model stand in the picture as what they came to.
+    return made is not None and all(
+        made.get(key) == value for key, value in wanted.items() if value is not None
+    )
+
+
+def _contact_sheets(
+    out_dir: Path, prompts: Sequence[str], seeds: Sequence[int], paths: Sequence[Path]
+) -> None:
+    columns = seeds[:COLUMNS_A_SHEET]
+    for number, first in enumerate(range(0, len(prompts), ROWS_A_SHEET), start=1):
+        rows = range(first, min(first + ROWS_A_SHEET, len(prompts)))
+        shown = [[paths[row * len(seeds) + column] for column in range(len(columns))] for row in rows]
+        titles = (out_dir.name, f"prompts {rows[0]} to {rows[-1]} of {len(prompts)}")
+        heads = [("", [f"seed {seed}" for seed in columns])]
+        figure = picture_grid(titles, [prompts[row] for row in rows], heads, shown)
+        save_figure(figure, out_dir / f"contact_sheet-{number}.png")
