@@ -33,6 +33,7 @@ TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PARTS = ("unet", "text_encoder")
 
 __all__ = [
+    "adapter_digest",
     "adapter_parts",
     "attach",
     "attach_modules",
@@ -196,3 +197,14 @@ def adapter_parts(weights_dir: Path) -> dict[str, Path]:
     if not parts:
         check_adapter(weights_dir / "unet")
     return parts
+
+
+def adapter_digest(weights_dir: Path) -> str | None:
+    """Return one digest over the adapters of all parts; None of a folder that is not whole."""
+    try:
+        parts = adapter_parts(weights_dir).values()
+        for part in parts:
+            check_adapter(part)
+    except BunnyLoraError:
+        return None
+    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from bunny_lora import inference, protocol, runs
+from bunny_lora import adapters, inference, protocol, runs
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import save_figure
 from bunny_lora.grids import picture_grid
@@ -44,7 +44,7 @@ def weights_identity(base_model: str | None, weights: Mapping[Any, float]) -> di
     found = {inference.find_weights(path): weight for path, weight in weights.items()}
     base_model = base_model or inference.recorded_base_model(next(iter(found), None))
     loras = [
-        [runs.sha256(path) if path.is_file() else protocol.adapter_digest(path), weight]
+        [runs.sha256(path) if path.is_file() else adapters.adapter_digest(path), weight]
         for path, weight in found.items()
     ]
     base_sha256 = protocol.base_digest(base_model)

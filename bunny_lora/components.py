@@ -115,6 +115,12 @@ def load_noise_scheduler(base_model: str) -> DDPMScheduler:
     return _load(DDPMScheduler, base_model, "scheduler")
 
 
+def sampler_name(base_model: str) -> str:
+    """Return the class of diffusers that the base model draws with."""
+    config = DDPMScheduler.load_config(resolve_base_model(base_model), subfolder="scheduler")
+    return str(config["_class_name"])
+
+
 def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -> Components:
     """Load all parts of a base model, frozen, in `dtype` on `device`.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import components, inference, metrics, protocol, runs, standins
+from bunny_lora import components, handover, inference, metrics, protocol, runs, standins
 from bunny_lora.config import Config, load_config
 from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
@@ -88,7 +88,18 @@ def evaluate(
         "training_crops": shown,
     }
     runs.write_json(run_dir / "evaluation" / "eval.json", result)
+    if (run_dir / "config.yaml").is_file():
+        handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), means(result))
     return result
+
+
+def means(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean of every measure, of base model and LoRA: what is handed on."""
+    found: dict[str, Any] = {"features": result["settings"]["features"], "warning": result["warning"]}
+    for name in ("base", "final"):
+        measures = result["models"][name]["all"]
+        found[name] = {measure: value and value["mean"] for measure, value in measures.items()}
+    return found
 
 
 # ---------------------------------------------------------------------------- training data

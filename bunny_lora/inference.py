@@ -16,6 +16,7 @@ from bunny_lora import adapters, components, formats, runs
 from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.handover import HANDOVER, read_handover
 
 
 def load_lora_pipeline(
@@ -55,6 +56,26 @@ def load_lora_pipeline(
         for part, modules in formats.combined(loras).items():
             adapters.attach_modules(models[part], modules)
     return components.pipeline_from(parts, base_model)
+
+
+def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:
+    """Return a pipeline that draws as a finished run recommends: `load_run("outputs/lora_weights")`.
+
+    Everything comes from the run's `handover.json`; its `recommended` steps and size are for the caller
+    to pass on, see `handover.read_handover`.
+
+    Raises:
+        BunnyLoraError: no run there, or its weights are not those that it was handed over with.
+    """
+    told = read_handover(run_dir)
+    weights_dir = runs.resolve(run_dir) / told.weights
+    if adapters.adapter_digest(weights_dir) != told.weights_sha256:
+        raise BunnyLoraError(
+            f"The weights in {weights_dir} are not those that {HANDOVER} was written for; run"
+            " `bunny-lora train` again to write it anew."
+        )
+    weights = {weights_dir: told.recommended.lora_scale}
+    return load_lora_pipeline(told.base_model, weights, device)
 
 
 def find_weights(lora_weights_dir: str | Path) -> Path:

@@ -19,7 +19,6 @@ import torch
 
 from bunny_lora import adapters, components, inference, runs
 from bunny_lora.config import Config
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.progress import progress
 from bunny_lora.seeding import derive_seed
 
@@ -122,22 +121,11 @@ def find_models(run_dir: Path, config: Config) -> list[Model]:
     }
     folders = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
     models = [Model("base", None, shared | {"weights_sha256": None})]
-    last = adapter_digest(final)
+    last = adapters.adapter_digest(final)
     for folder in sorted(folders, key=lambda path: int(path.name[11:])):
-        if (digest := adapter_digest(folder)) not in (None, last):
+        if (digest := adapters.adapter_digest(folder)) not in (None, last):
             models.append(Model(folder.name, folder, shared | {"weights_sha256": digest}))
     return [*models, Model("final", final, shared | {"weights_sha256": last})]
-
-
-def adapter_digest(weights_dir: Path) -> str | None:
-    """Return one digest over the adapters of all parts; None of a folder that is not whole."""
-    try:
-        parts = adapters.adapter_parts(weights_dir).values()
-        for part in parts:
-            adapters.check_adapter(part)
-    except BunnyLoraError:
-        return None
-    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))
 
 
 def base_digest(base_model: str) -> str | None:

@@ -22,6 +22,7 @@ from bunny_lora import (
     checkpoint,
     components,
     dataset,
+    handover,
     identity,
     interrupts,
     memory,
@@ -186,6 +187,7 @@ class LoRATrainer:
             self._train_to_the_end(Identity.of(self.config, data_sha256).as_dict())
             checkpoint.save_adapters(final, self.models)
             print(f"Done: {runs.relative(final)}")
+        handover.write_handover(self.run_dir, self.config)
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
         return final
 

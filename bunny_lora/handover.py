@@ -1,0 +1,152 @@
+"""`handover.json`: what the next stage must know to draw with a run, and nothing that may change later.
+
+The schema is documented in docs/handover.md; `schema_version` goes up when a reader of the old one
+would go wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bunny_lora import adapters, components, runs
+from bunny_lora.captions import count_tokens
+from bunny_lora.config import Config
+from bunny_lora.dataset import known_images
+from bunny_lora.errors import BunnyLoraError
+
+HANDOVER = "handover.json"
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class TriggerWord(_Part):
+    """A name that the weights know: in how many training images, and what it takes of the budget."""
+
+    word: str
+    training_images: int
+    tokens: int
+
+
+class TokenBudget(_Part):
+    """Tokens of a prompt: what the text encoder takes in, and what is left beside start and end."""
+
+    total: int
+    for_prompt: int
+
+
+class Recommended(_Part):
+    """How to draw: as training and evaluation did. `sampler` is the name of diffusers' class."""
+
+    lora_scale: float
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    sampler: str
+
+
+class Handover(_Part):
+    """A run, ready to be drawn with. Paths start at the folder of the file."""
+
+    schema_version: Literal[1] = 1
+    base_model: str
+    weights: str
+    weights_sha256: str
+    format: Literal["peft"] = "peft"
+    step: int
+    trigger_words: list[TriggerWord]
+    token_budget: TokenBudget
+    recommended: Recommended
+    scores: dict[str, Any] | None = None
+
+
+def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None = None) -> Path:
+    """Write `handover.json` about `run_dir/final`; scores that are known of the same weights stay.
+
+    Args:
+        run_dir: the run's folder.
+        config: the run's configuration.
+        scores: mean of each measure over all characters, and the features that measured.
+    """
+    final = run_dir / "final"
+    digest = str(adapters.adapter_digest(final))
+    if scores is None and (known := _known(run_dir)) and known.weights_sha256 == digest:
+        scores = known.scores
+    tokenizer = components.load_tokenizer(config.base_model)
+    counts = Counter(name for image in _images(config) for name in image["characters"])
+    handover = Handover(
+        base_model=config.base_model,
+        weights=final.name,
+        weights_sha256=digest,
+        step=config.training.max_train_steps,
+        trigger_words=[
+            TriggerWord(word=name, training_images=n, tokens=count_tokens(name, tokenizer) - 2)
+            for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ],
+        token_budget=TokenBudget(
+            total=tokenizer.model_max_length, for_prompt=tokenizer.model_max_length - 2
+        ),
+        recommended=Recommended(
+            lora_scale=1.0,
+            num_inference_steps=config.sampling.num_inference_steps,
+            guidance_scale=config.sampling.guidance_scale,
+            width=config.resolution,
+            height=config.resolution,
+            sampler=components.sampler_name(config.base_model),
+        ),
+        scores=scores,
+    )
+    runs.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
+    return run_dir / HANDOVER
+
+
+def read_handover(run_dir: str | Path) -> Handover:
+    """Return what a run hands on.
+
+    Raises:
+        BunnyLoraError: there is no `handover.json`, it is damaged, or of a later schema.
+    """
+    path = runs.resolve(run_dir) / HANDOVER
+    if not path.is_file():
+        raise BunnyLoraError(
+            f"There is no {HANDOVER} in {path.parent}: name the folder of a run that was trained to its"
+            " end, such as outputs/lora_weights."
+        )
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        version = told["schema_version"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise BunnyLoraError(f"{path} is damaged; run `bunny-lora train` again to write it.") from None
+    if version != SCHEMA_VERSION:
+        raise BunnyLoraError(
+            f"{path} has schema_version {version}, and this bunny_lora reads {SCHEMA_VERSION}: use the"
+            " version that wrote it, or train with this one."
+        )
+    try:
+        return Handover.model_validate(told)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BunnyLoraError(f"{path} is damaged: {where}: {first['msg']}.") from None
+
+
+def _known(run_dir: Path) -> Handover | None:
+    try:
+        return read_handover(run_dir)
+    except BunnyLoraError:
+        return None
+
+
+def _images(config: Config) -> list[dict[str, Any]]:
+    try:
+        return known_images(runs.resolve(config.data_dir))
+    except BunnyLoraError:
+        return []  # the training data did not come along

@@ -1,0 +1,128 @@
+"""What a run hands on: written by training and evaluation, read or refused by `load_run`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_frames, tiny_config
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+
+from bunny_lora import inference, runs
+from bunny_lora.config import Config
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation import evaluate
+from bunny_lora.handover import read_handover, write_handover
+from bunny_lora.trainer import LoRATrainer
+
+FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
+
+
+@pytest.fixture
+def config(project: Path, tiny_model: str) -> Config:
+    data_dir = draw_frames(project / "data" / "instance_images", 3)
+    images = [
+        {"file_name": p.name, "characters": ["ellie"], "faces": []} for p in data_dir.glob("*.png")
+    ]
+    images[0]["characters"].append("rex")
+    runs.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
+    return tiny_config(tiny_model, training={"max_train_steps": 2})
+
+
+@pytest.fixture
+def run_dir(config: Config) -> Path:
+    return LoRATrainer(config=config).train().parent
+
+
+def test_training_hands_on_everything_needed_to_draw(run_dir: Path, tiny_model: str) -> None:
+    told = read_handover(run_dir)
+    assert (told.base_model, told.weights, told.step, told.scores) == (tiny_model, "final", 2, None)
+    words = [(t.word, t.training_images, t.tokens) for t in told.trigger_words]
+    assert words == [("ellie", 3, 1), ("rex", 1, 1)]
+    assert (told.token_budget.total, told.token_budget.for_prompt) == (77, 75)
+    assert told.recommended.sampler == "PNDMScheduler"
+    assert (told.recommended.width, told.recommended.num_inference_steps) == (32, 2)
+    drawn = inference.generate_image(inference.load_run(run_dir), "ellie", **FAST)
+    own = inference.generate_image(
+        inference.load_lora_pipeline(lora_weights_dir=run_dir), "ellie", **FAST
+    )
+    assert drawn.tobytes() == own.tobytes()
+
+
+def test_the_file_alone_is_enough_for_diffusers_and_peft(run_dir: Path) -> None:
+    told = json.loads((run_dir / "handover.json").read_text())
+    plain = StableDiffusionPipeline.from_pretrained(told["base_model"])
+    assert type(plain.scheduler).__name__ == told["recommended"]["sampler"]
+    for part in (run_dir / told["weights"]).iterdir():
+        setattr(plain, part.name, PeftModel.from_pretrained(getattr(plain, part.name), part))
+    generator = torch.Generator("cpu").manual_seed(42)
+    theirs = plain("ellie", generator=generator, guidance_scale=7.5, **FAST).images[0]
+    ours = inference.generate_image(inference.load_run(run_dir), "ellie", **FAST)
+    assert theirs.tobytes() == ours.tobytes()
+
+
+def test_evaluation_adds_scores_that_stay_with_their_weights(run_dir: Path, config: Config) -> None:
+    result = evaluate(run_dir)
+    scores = read_handover(run_dir).scores
+    assert scores["features"] == "palette"
+    assert scores["final"]["fidelity"] == result["models"]["final"]["all"]["fidelity"]["mean"]
+    LoRATrainer(config=config).train()
+    assert read_handover(run_dir).scores == scores
+    longer = config.model_copy(
+        update={"training": config.training.model_copy(update={"max_train_steps": 3})}
+    )
+    LoRATrainer(config=longer).train()
+    assert read_handover(run_dir).scores is None and read_handover(run_dir).step == 3
+
+
+def test_a_file_that_was_lost_is_written_by_training_again(run_dir: Path, config: Config) -> None:
+    before = (run_dir / "handover.json").read_bytes()
+    (run_dir / "handover.json").unlink()
+    LoRATrainer(config=config).train()
+    assert (run_dir / "handover.json").read_bytes() == before
+
+
+def test_other_weights_than_handed_over_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / "final" / "unet" / "adapter_config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(BunnyLoraError, match=r"not those that handover\.json was written for"):
+        inference.load_run(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: "{", "damaged; run"),
+        (lambda text: "[]", "damaged; run"),
+        (
+            lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
+            "has schema_version 2",
+        ),
+        (lambda text: text.replace('"step": 2', '"step": "soon"'), "damaged: step"),
+        (lambda text: text.replace('"trigger_words"', '"words"'), "damaged: trigger_words"),
+    ],
+)
+def test_a_damaged_file_is_explained(run_dir: Path, change: object, reason: str) -> None:
+    path = run_dir / "handover.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(BunnyLoraError, match=reason):
+        read_handover(run_dir)
+
+
+def test_keys_of_later_versions_are_ignored_and_no_run_is_explained(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    told = json.loads((run_dir / "handover.json").read_text()) | {"mood": "good"}
+    (run_dir / "handover.json").write_text(json.dumps(told))
+    assert read_handover(run_dir).step == 2
+    with pytest.raises(BunnyLoraError, match=r"no handover\.json"):
+        inference.load_run(tmp_path)
+
+
+def test_a_run_without_its_data_still_hands_on(run_dir: Path, config: Config, project: Path) -> None:
+    shutil.rmtree(project / "data")
+    write_handover(run_dir, config)
+    assert read_handover(run_dir).trigger_words == []
