@@ -16,6 +16,7 @@ from bunny_lora.world.captions import plain_caption, vocabulary
 from bunny_lora.world.pretrain_clip import (
     character_traits,
     drawn_characters,
+    hue_rotation,
     pretrain_clip,
     recoloured,
     same_hero_auc,
@@ -105,16 +106,22 @@ def test_the_clip_resumes_and_looks_at_pictures_as_evaluation_features(tmp_path)
 
 
 def test_families_are_recoloured_together_and_said_to_be():
-    images = torch.rand(40, 2, 3, 4, 4)
+    images = torch.randint(60, 196, (40, 2, 3, 4, 4), dtype=torch.uint8)
+    images[:, :, :, 0, 0] = 128
+    images[:, :, :, 1, 1] = torch.tensor([200, 100, 100], dtype=torch.uint8)
     after, kept = recoloured(images, np.random.default_rng(0))
-    assert torch.equal(after[kept], images[kept]) and 8 < int(kept.sum()) < 32
+    assert torch.equal(after[kept], images[kept]) and 4 < int(kept.sum()) < 24 and kept[0]
     assert torch.equal(kept[::2], kept[1::2])
-    assert torch.equal(after.sort(2).values, images.sort(2).values)
-    for first in range(0, 40, 2):
-        shift = [
-            (after[first, 0, c] == images[first, 0]).all((1, 2)).nonzero().item() for c in range(3)
-        ]
-        assert torch.equal(after[first : first + 2], images[first : first + 2][:, :, shift])
+    assert (after[:, :, :, 0, 0] == 128).all()  # grey has no hue
+    reds = after[:, :, :, 1, 1].view(20, 4, 3)
+    assert (reds == reds[:, :1]).all() and len(reds[:, 0].unique(dim=0)) > 8
+    assert ((reds.sum(2) - 400).abs() <= 2).all()
+
+
+def test_a_third_of_a_turn_exchanges_the_channels():
+    colours = hue_rotation(2 * np.pi / 3) @ torch.tensor([[1.0], [2.0], [3.0]])
+    torch.testing.assert_close(colours.flatten(), torch.tensor([3.0, 1.0, 2.0]))
+    torch.testing.assert_close(hue_rotation(0.0), torch.eye(3))
 
 
 def stills(*said):

@@ -32,7 +32,7 @@ from bunny_lora.world.renderer import render
 from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
 
 N_CHARACTERS = 12_000
-_TWIN, _RECOLOURED = 0.5, 0.5
+_TWIN, _RECOLOURED = 0.5, 0.7
 _FACE_CROP, _FACE_TO_CROP = 0.4, (2.0, 3.5)
 _TEMPERATURE = 0.1
 _IDENTITY_WEIGHT = 2.0
@@ -150,21 +150,29 @@ def _contrast(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor | f
 
 
 def recoloured(images: torch.Tensor, luck: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exchange the colour channels of about half of the families, in both pictures of both twins.
+    """Turn the hues of most families, by one angle in both pictures of both twins.
 
     Furs come in seven colours, and a judge that knows no others cannot tell a new one from an old one.
     The first family always stays: there is then a caption that is true.
 
     Returns:
-        images [N, 2, 3, H, W] with changes, and whether each character kept its colours, bool [N].
+        uint8 [N, 2, 3, H, W] with changes, and whether each character kept its colours, bool [N].
     """
     images, kept = images.clone(), torch.ones(len(images), dtype=torch.bool)
     for first in range(2, len(images), 2):
         if luck.random() < _RECOLOURED:
-            order = torch.from_numpy(luck.permutation(3))
-            images[first : first + 2] = images[first : first + 2, :, order]
+            family = images[first : first + 2].float()
+            turned = torch.einsum("ij,nvjhw->nvihw", hue_rotation(luck.uniform(0, 2 * np.pi)), family)
+            images[first : first + 2] = turned.round().clamp(0, 255).to(torch.uint8)
             kept[first : first + 2] = False
     return images, kept
+
+
+def hue_rotation(angle: float) -> torch.Tensor:
+    """Return the matrix [3, 3] that turns RGB around the axis of the greys, by Rodrigues' formula."""
+    cos, sin = np.cos(angle), np.sin(angle) / 3**0.5
+    around = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    return cos * torch.eye(3) + (1 - cos) / 3 * torch.ones(3, 3) + sin * around
 
 
 def _loss(
