@@ -123,7 +123,7 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     film.set_defaults(run=_film)
 
     pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
-    pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"], help="sd needs the vae")
+    pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"])
     pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")

@@ -192,6 +192,15 @@ def pipeline_from(components: Components, base_model: str) -> StableDiffusionPip
         raise model_not_loaded(base_model, error) from error
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model or a pipeline as its library does, but for the folder that it was loaded from."""
+    model.save_pretrained(folder)
+    for path in folder.rglob("*.json"):
+        told = runs.read_json(path)
+        if isinstance(told, dict) and "_name_or_path" in told:
+            runs.write_json(path, {key: value for key, value in told.items() if key != "_name_or_path"})
+
+
 @torch.no_grad()
 def draw_image(
     pipe: StableDiffusionPipeline,

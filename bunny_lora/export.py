@@ -154,7 +154,7 @@ def _merged(job: _Job, folder: Path) -> Path:
     for part, modules in job.lora.items():
         for name, module in modules.items():
             _weight(job.models[part], name).add_(module.change())
-    job.pipe.save_pretrained(path)
+    components.save_model(job.pipe, path)
     for part, weights in before.items():
         for name, weight in weights.items():
             _weight(job.models[part], name).copy_(weight)

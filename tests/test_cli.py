@@ -88,13 +88,6 @@ def test_output_names(output: str, n_prompts: int, seeds: list[int], expected: l
     assert [path.as_posix() for path in cli.output_paths(Path(output), n_prompts, seeds)] == expected
 
 
-def test_the_denoiser_without_an_autoencoder_is_explained(
-    project: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert cli.main(["world", "pretrain", "sd", "--out", "weights"]) == 2
-    assert "pretrain the vae first" in capsys.readouterr().err
-
-
 def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path) -> None:
     assert cli.weighted("outputs/run/final") == ("outputs/run/final", 1.0)
     assert cli.weighted("a.safetensors=0.7") == ("a.safetensors", 0.7)

@@ -73,6 +73,11 @@ def test_every_format_draws_the_picture_that_training_would(
         assert difference.abs().max() <= 1, name
 
 
+def test_a_whole_pipeline_does_not_tell_where_it_was_made(exported: Path, tiny_model: str) -> None:
+    texts = [path.read_text() for path in (exported / "merged").rglob("*.json")]
+    assert len(texts) > 5 and not any(str(tiny_model) in text for text in texts)
+
+
 def test_other_tools_find_what_they_show(exported: Path) -> None:
     with safe_open(exported / "my_run.safetensors", "pt") as file:
         metadata = file.metadata()

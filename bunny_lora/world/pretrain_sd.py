@@ -20,7 +20,6 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bunny_lora import components, diffusion
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import atomic_path, read_json, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
@@ -31,6 +30,7 @@ from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
 
+SHIPPED_VAE = Path(__file__).parent / "weights" / "sd" / "vae"
 CHANNELS = (96, 160, 192)
 _TEXT_WIDTH = 192
 _SNR_GAMMA = 5.0
@@ -164,8 +164,9 @@ def pretrain_sd(
     """Train UNet and text encoder, or go on training them, and return the folder of the pipeline.
 
     Args:
-        out_dir: holds `vae/` (see `pretrain_vae`), receives `latents.npy`, `sd_state.safetensors` to go
-            on from, `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
+        out_dir: may hold `vae/` (see `pretrain_vae`; else the shipped one serves), receives
+            `latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers' format (averaged
+            weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to learn from.
         stop_at: stop at this step already, as an interruption would.
@@ -174,13 +175,11 @@ def pretrain_sd(
         report: receives a line of progress now and then.
 
     Raises:
-        BunnyLoraError: no `vae/` in `out_dir`, or its state was made under other settings.
+        BunnyLoraError: the state in `out_dir` was made under other settings.
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
-    vae = out_dir / "vae"
-    if not (vae / "config.json").is_file():
-        raise BunnyLoraError(f"No autoencoder in {vae}: pretrain the vae first, with the same --out.")
+    vae = out_dir / "vae" if (out_dir / "vae").is_dir() else SHIPPED_VAE
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
@@ -213,7 +212,7 @@ def pretrain_sd(
             mean_loss = sum(losses) / len(losses)
             report(f"step {learner.step}: loss {mean_loss:.4f}, {speed:.1f} images/s")
             with learner.averaged():
-                pipeline = build_pipeline(models, tokenizer, out_dir / "vae")
+                pipeline = build_pipeline(models, tokenizer, vae)
                 draw_samples(pipeline, out_dir / "samples" / f"{learner.step:06d}.png", n_sample_steps)
                 export_pipeline(pipeline, out_dir / "sd")
             losses, since, first = [], time.monotonic(), learner.step
@@ -264,6 +263,6 @@ def export_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         nn.Module.half(module)
     with atomic_path(folder) as part:
-        pipeline.save_pretrained(part)
+        components.save_model(pipeline, part)
         config = part / "text_encoder" / "config.json"
         write_json(config, read_json(config) | {"dtype": "float32"})

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from bunny_lora import components
 from bunny_lora.runs import atomic_path
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
@@ -182,4 +183,4 @@ def export_vae(vae: AutoencoderKL, folder: Path, images: torch.Tensor) -> None:
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures])
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with atomic_path(folder) as part:
-        vae.save_pretrained(part)
+        components.save_model(vae, part)
