@@ -72,3 +72,7 @@ def test_the_model_card_says_what_was_measured() -> None:
     assert f"{told['vae']['psnr_db']:.2f} dB" in card
     assert f"{told['vae']['psnr_heroes_db']:.2f} dB" in card
     assert f"{told['clip']['same_hero_auc']:.4f}" in card
+
+
+def test_the_weights_do_not_tell_where_they_were_made() -> None:
+    assert not [path for path in WEIGHTS.rglob("*.json") if "_name_or_path" in path.read_text()]
