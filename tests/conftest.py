@@ -14,8 +14,10 @@ from bunny_lora.config import Config, merge, validate
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before any test imports huggingface_hub, which reads it once.
-# A shell ignores Ctrl-C for what it runs in the background, and that is inherited.
+# A shell ignores Ctrl-C for what it runs in the background, nohup a lost terminal; both are inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # Toy models only lose by waiting for a second thread.
 
 
