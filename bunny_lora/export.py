@@ -151,22 +151,29 @@ def _merged(job: _Job, folder: Path) -> Path:
         part: {name: _weight(job.models[part], name).clone() for name in modules}
         for part, modules in job.lora.items()
     }
-    for part, modules in job.lora.items():
-        for name, module in modules.items():
-            _weight(job.models[part], name).add_(module.change())
+    # Whole weights are compared: of a small change little is left when large weights are subtracted.
+    expected = {
+        part: {name: weight + job.lora[part][name].change() for name, weight in weights.items()}
+        for part, weights in before.items()
+    }
+    _put(job, expected)
     components.save_model(job.pipe, path)
-    for part, weights in before.items():
-        for name, weight in weights.items():
-            _weight(job.models[part], name).copy_(weight)
+    _put(job, before)
     merged = StableDiffusionPipeline.from_pretrained(
         path, safety_checker=None, requires_safety_checker=False
     )
     seen = {
-        part: {name: _weight(getattr(merged, part), name) - weight for name, weight in weights.items()}
-        for part, weights in before.items()
+        part: {name: _weight(getattr(merged, part), name) for name in weights}
+        for part, weights in expected.items()
     }
-    _compare(path, seen, _expected(job.lora))
+    _compare(path, seen, expected)
     return path
+
+
+def _put(job: _Job, weights: Changes) -> None:
+    for part, tensors in weights.items():
+        for name, tensor in tensors.items():
+            _weight(job.models[part], name).copy_(tensor)
 
 
 _WRITERS: dict[str, Callable[[_Job, Path], Path]] = {

@@ -14,10 +14,12 @@ import yaml
 from PIL import Image
 
 from bunny_lora import runs
+from bunny_lora.checkpoint import STATE
 from bunny_lora.config import Config, load_config
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import LoRA
+from bunny_lora.handover import HANDOVER, read_handover
 
 THUMBNAIL_PX = 256
 # What the hub says of the models that are usually trained on; others are named "unknown".
@@ -46,11 +48,10 @@ class About:
         config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
         images = _images(config)
         first = next(iter(next(iter(lora.values())).values()))
-        state = weights_dir / "training_state.json"
         return cls(
             title=run_dir.name if config else weights_dir.name,
             base_model=base_model,
-            step=runs.read_json(state)["step"] if state.is_file() else None,
+            step=_step(weights_dir),
             config=config,
             characters=dict(Counter(n for image in images for n in image["characters"]).most_common()),
             n_images=len(images) or None,
@@ -114,6 +115,14 @@ def _training_metadata(config: Config) -> dict[str, Any]:
         "ss_resolution": f"({config.resolution}, {config.resolution})",
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
     }
+
+
+def _step(weights_dir: Path) -> int | None:
+    """Return a checkpoint's step from its state; `final/` has none, and the run hands its step on."""
+    if (weights_dir / STATE).is_file():
+        return int(runs.read_json(weights_dir / STATE)["step"])
+    handed_on = weights_dir.name == "final" and (weights_dir.parent / HANDOVER).is_file()
+    return read_handover(weights_dir.parent).step if handed_on else None
 
 
 def _images(config: Config | None) -> list[dict[str, Any]]:

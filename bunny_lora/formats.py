@@ -80,7 +80,10 @@ def read_lora(path: Path, models: Mapping[str, torch.nn.Module]) -> LoRA:
     Raises:
         BunnyLoraError: no LoRA there, unreadable, of an unknown kind, or for another base model.
     """
-    lora = _read_file(path, models) if path.is_file() else _read_folders(path)
+    try:
+        lora = _read_file(path, models) if path.is_file() else _read_folders(path)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise BunnyLoraError(f"{path} is damaged: {error}.") from error
     for part, modules in lora.items():
         for name, module in modules.items():
             _refuse_misfit(path, part, name, module, models[part])
@@ -121,9 +124,9 @@ def _read_file(path: Path, models: Mapping[str, torch.nn.Module]) -> LoRA:
         told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
         raise BunnyLoraError(f"{path} cannot be read: its lora_adapter_metadata is no JSON.") from None
-    if not (lora := _from_diffusers(state, told if isinstance(told, dict) else {})):
+    if not any(name.startswith(tuple(f"{part}." for part in PARTS)) for name in state):
         raise BunnyLoraError(f"No LoRA in {path}: none of its tensors is named as one.")
-    return lora
+    return _from_diffusers(state, told if isinstance(told, dict) else {})
 
 
 def _from_diffusers(state: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> LoRA:
@@ -141,6 +144,7 @@ def _from_diffusers(state: Mapping[str, torch.Tensor], told: Mapping[str, Any]) 
 
         if own:
             found[part] = _paired(own, alpha)
+    _refuse_unread([n for n in state if not n.startswith(tuple(f"{part}." for part in PARTS))])
     return found
 
 
@@ -155,6 +159,7 @@ def _from_kohya(
         for wrapper in (("", "text_model_") if part == "text_encoder" else ("",))
     }
     found: LoRA = {}
+    unread = dict(state)
     for stem in dict.fromkeys(name.split(".", 1)[0] for name in state):
         if stem not in stems:
             raise BunnyLoraError(
@@ -162,11 +167,12 @@ def _from_kohya(
             )
         part, name = stems[stem]
         try:
-            down, up = state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"]
+            down, up = unread.pop(f"{stem}.lora_down.weight"), unread.pop(f"{stem}.lora_up.weight")
         except KeyError as missing:
             raise BunnyLoraError(f"{path} is not plain LoRA: {missing} is missing.") from None
-        alpha = state.get(f"{stem}.alpha", torch.tensor(float(len(down))))
+        alpha = unread.pop(f"{stem}.alpha", torch.tensor(float(len(down))))
         found.setdefault(part, {})[name] = Module(down, up, float(alpha))
+    _refuse_unread(unread)
     return found
 
 
@@ -175,16 +181,27 @@ _UPS = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight")
 
 
 def _paired(state: Mapping[str, torch.Tensor], alpha: Callable[[str, int], float]) -> dict[str, Module]:
-    found = {}
+    found, unread = {}, dict(state)
     for key, down in state.items():
         if (match := _DOWN.fullmatch(key)) is None:
             continue
         name = match[1]
-        up = next((state[name + end] for end in _UPS if name + end in state), None)
+        up = next((unread.pop(name + end) for end in _UPS if name + end in unread), None)
         if up is None:
             raise BunnyLoraError(f"The LoRA has no counterpart to {key}.")
+        del unread[key]
         found[name.removeprefix(_WRAPPER)] = Module(down, up, alpha(name, len(down)))
+    _refuse_unread(unread)
     return found
+
+
+def _refuse_unread(names: Iterable[str]) -> None:
+    """Refuse what plain LoRA does not have, DoRA's magnitudes for one: pictures would be wrong."""
+    if unread := sorted(names):
+        raise BunnyLoraError(
+            f"The LoRA holds {unread[0]}, which is not read here ({len(unread)} such tensors);"
+            " plain LoRA is."
+        )
 
 
 def _refuse_misfit(path: Path, part: str, name: str, module: Module, model: torch.nn.Module) -> None:
@@ -192,7 +209,8 @@ def _refuse_misfit(path: Path, part: str, name: str, module: Module, model: torc
         weight = model.get_submodule(name).weight
     except AttributeError:
         weight = None
-    if weight is None or weight.shape != (len(module.up), *module.down.shape[1:]):
+    fits = weight is not None and weight.shape == (len(module.up), *module.down.shape[1:])
+    if not fits or module.up.shape[1] != module.rank or module.rank < 1:
         raise BunnyLoraError(
             f"{path} was made for another base model than the one loaded: the {part} has no {name} of"
             f" {module.down.shape[1]} inputs and {len(module.up)} outputs."

@@ -10,9 +10,10 @@ import yaml
 from conftest import draw_frames, tiny_config
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, cli, components, export, formats, inference, runs
+from bunny_lora import adapters, cli, components, export, formats, handover, inference, runs
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import Module
 
@@ -36,7 +37,7 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
     config = tiny_config(tiny_model, data_dir=str(data_dir))
     runs.write_text(folder / "config.yaml", config.to_yaml())
-    runs.write_json(folder / "final" / "training_state.json", {"step": 4})
+    handover.write_handover(folder, config)
     pipe = inference.load_lora_pipeline(lora_weights_dir=folder)
     image = inference.generate_image(pipe, "ellie", **FAST)
     inference.save_image(image, folder / "evaluation" / "images" / "final" / "ellie-0-1.png")
@@ -76,6 +77,17 @@ def test_every_format_draws_the_picture_that_training_would(
 def test_a_whole_pipeline_does_not_tell_where_it_was_made(exported: Path, tiny_model: str) -> None:
     texts = [path.read_text() for path in (exported / "merged").rglob("*.json")]
     assert len(texts) > 5 and not any(str(tiny_model) in text for text in texts)
+
+
+def test_a_change_that_is_small_beside_the_weights_is_merged_too(
+    run_dir: Path, tmp_path: Path, tiny_model: str
+) -> None:
+    weights = tmp_path / "small"
+    shutil.copytree(run_dir / "final", weights)
+    for path in weights.glob("*/adapter_model.safetensors"):
+        state = load_file(path)
+        save_file({n: t * (1e-4 if "lora_B" in n else 1) for n, t in state.items()}, path)
+    export.export(weights, tmp_path / "out", kinds=["merged", "kohya"], base_model=tiny_model)
 
 
 def test_other_tools_find_what_they_show(exported: Path) -> None:

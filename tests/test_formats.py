@@ -261,3 +261,41 @@ def test_several_add_up_with_their_weights(lora: LoRA) -> None:
         torch.testing.assert_close(both["unet"][n].change(), 0.5 * modules[n].change())
     assert both["text_encoder"].keys() == lora["text_encoder"].keys()
     assert formats.combined([(lora, 1.0)]) is lora
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_more_than_plain_lora_is_refused(
+    kind: str, lora: LoRA, tiny_model: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "dora.safetensors"
+    if kind == "kohya":
+        formats.write_kohya(lora, path, {})
+    else:
+        formats.write_diffusers(lora, path)
+    state = load_file(path)
+    stem = next(iter(state)).rsplit(".", 2)[0]
+    save_file(state | {f"{stem}.dora_scale": torch.ones(1)}, path)
+    with pytest.raises(BunnyLoraError, match=r"dora_scale, which is not read here"):
+        formats.read_lora(path, models_of(pipeline(tiny_model)))
+
+
+def test_ranks_and_alphas_that_make_no_sense_are_refused(
+    lora: LoRA, tiny_model: str, tmp_path: Path
+) -> None:
+    models = models_of(pipeline(tiny_model))
+    name, module = next(iter(lora["unet"].items()))
+    path = tmp_path / "odd.safetensors"
+    formats.write_kohya({"unet": {name: Module(module.down[:2], module.up, 2.0)}}, path, {})
+    with pytest.raises(BunnyLoraError, match="another base model"):
+        formats.read_lora(path, models)
+    formats.write_kohya({"unet": {name: module}}, path, {})
+    state = load_file(path)
+    alpha = next(key for key in state if key.endswith(".alpha"))
+    save_file(state | {alpha: torch.ones(3)}, path)
+    with pytest.raises(BunnyLoraError, match="is damaged"):
+        formats.read_lora(path, models)
+    formats.write_diffusers({"unet": {name: module}}, path)
+    told = {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}
+    save_file(load_file(path), path, told)
+    with pytest.raises(BunnyLoraError, match="is damaged"):
+        formats.read_lora(path, models)
