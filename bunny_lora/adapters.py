@@ -25,7 +25,7 @@ from bunny_lora import runs
 from bunny_lora.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import Module, peft_config
+from bunny_lora.formats import LoRA, Module, peft_config
 from bunny_lora.seeding import derive_seed
 
 # CLIP names its projections differently from the UNet, so `lora.target_modules` cannot serve both.
@@ -138,6 +138,41 @@ def attach_modules(model: torch.nn.Module, modules: Mapping[str, Module]) -> Pef
         _put(peft_model, state)
     peft_model.requires_grad_(False).eval()
     return peft_model
+
+
+def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
+    """Make freshly attached adapters change the weights as `lora` does, for training to go on from.
+
+    A LoRA of a lower rank fills a part of theirs, the rest of B stays zero; another alpha is folded in.
+
+    Raises:
+        BunnyLoraError: `lora` has parts, modules or ranks that these adapters do not have.
+    """
+    if not lora.keys() <= peft_models.keys():
+        raise BunnyLoraError(
+            "lora.start_from holds a LoRA of the text encoder as well: set"
+            " lora.train_text_encoder: true."
+        )
+    for part, modules in lora.items():
+        state = get_peft_model_state_dict(peft_models[part], save_embedding_layers=False)
+        config = peft_models[part].peft_config["default"]
+        for name, module in modules.items():
+            prefix = f"base_model.model.{name}"
+            if f"{prefix}.lora_A.weight" not in state:
+                raise BunnyLoraError(
+                    f"lora.start_from holds a LoRA of {name} ({part}), which lora.target_modules leaves"
+                    f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
+                )
+            if module.rank > config.r:
+                raise BunnyLoraError(
+                    f"lora.start_from holds a LoRA of rank {module.rank}, and lora.rank is {config.r}:"
+                    f" set lora.rank: {module.rank} or more."
+                )
+            # alpha / rank of both, which PEFT multiplies with
+            fold = (module.alpha / module.rank) / (config.lora_alpha / config.r)
+            state[f"{prefix}.lora_A.weight"][: module.rank] = module.down
+            state[f"{prefix}.lora_B.weight"][:, : module.rank] = fold * module.up
+        _put(peft_models[part], state)
 
 
 @contextlib.contextmanager

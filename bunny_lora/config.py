@@ -80,6 +80,8 @@ class LoRASection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
     train_text_encoder: bool = False
+    # A LoRA to begin with instead of none, in any format that `generate` draws with.
+    start_from: Recorded | None = None
 
 
 class TrainingSection(Section):

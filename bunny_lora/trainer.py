@@ -22,8 +22,10 @@ from bunny_lora import (
     checkpoint,
     components,
     dataset,
+    formats,
     handover,
     identity,
+    inference,
     interrupts,
     memory,
     resume,
@@ -34,6 +36,7 @@ from bunny_lora import (
 from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import Config, load_config
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.formats import LoRA
 from bunny_lora.identity import Identity
 from bunny_lora.latents import EncodedImages, encode_dataset
 from bunny_lora.learning import Learner
@@ -222,6 +225,7 @@ class LoRATrainer:
         start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
         memory.check_pictures(self.parts, config.resolution)
         self.pipe = components.pipeline_from(self.parts, config.base_model)
+        given = self._given_lora()
         images = self._encode(self.data_dir, config.instance_prompt, "training")
         class_images = self._class_images() if config.prior_preservation.enabled else None
 
@@ -240,6 +244,15 @@ class LoRATrainer:
         self.history = start.history
         if start.folder is not None:
             checkpoint.load_checkpoint(start.folder, self.state)
+        elif given:
+            adapters.start_from(self.models, given)
+
+    def _given_lora(self) -> LoRA:
+        """Return `lora.start_from`, read before anything that takes long."""
+        if self.config.lora.start_from is None:
+            return {}
+        path = inference.find_weights(self.config.lora.start_from)
+        return formats.read_lora(path, {part: getattr(self.parts, part) for part in adapters.PARTS})
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return every parameter that training changes."""

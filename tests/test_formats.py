@@ -299,3 +299,45 @@ def test_ranks_and_alphas_that_make_no_sense_are_refused(
     save_file(load_file(path), path, told)
     with pytest.raises(BunnyLoraError, match="is damaged"):
         formats.read_lora(path, models)
+
+
+# ---------------------------------------------------------------------------- training on
+
+
+def attached(pipe: StableDiffusionPipeline, parts: tuple[str, ...], **section: object) -> dict:
+    models = {part: getattr(pipe, part) for part in parts}
+    for model in models.values():
+        model.requires_grad_(False)
+    lora = LoRASection.model_validate(section)
+    return {
+        part: adapters.attach(model, part, lora, base_model="random-tiny", seed=5)
+        for part, model in models.items()
+    }
+
+
+def test_training_can_start_from_a_lora_of_another_rank_and_alpha(lora: LoRA, tiny_model: str) -> None:
+    pipe = pipeline(tiny_model)
+    handles = attached(pipe, PARTS, rank=6, alpha=20)
+    adapters.start_from(handles, lora)
+    for part, handle in handles.items():
+        assert_same(changes(handle), lora[part])
+        for name, parameter in adapters.trainable_parameters(getattr(pipe, part)).items():
+            assert parameter.requires_grad and parameter.dtype == torch.float32
+            if "lora_A" in name:
+                assert bool((parameter.detach().abs().sum(1) > 0).all()), "each row can still learn"
+
+
+@pytest.mark.parametrize(
+    ("parts", "section", "way_out"),
+    [
+        (PARTS[:1], {"rank": 4}, "train_text_encoder: true"),
+        (PARTS, {"rank": 3}, "lora.rank: 4 or more"),
+        (PARTS, {"rank": 4, "target_modules": ["to_q"]}, "Add to_(k|v|out.0|0) to them"),
+    ],
+)
+def test_a_lora_that_does_not_fit_the_settings_says_which_to_change(
+    parts: tuple[str, ...], section: dict, way_out: str, lora: LoRA, tiny_model: str
+) -> None:
+    handles = attached(pipeline(tiny_model), parts, **section)
+    with pytest.raises(BunnyLoraError, match=way_out):
+        adapters.start_from(handles, lora)

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import adapters, banner, components, report, runs
+from bunny_lora import adapters, banner, components, formats, report, runs
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer, build_optimizer, training_loop
@@ -317,3 +317,26 @@ def test_the_banner_names_what_a_user_asks_first(
 )
 def test_durations_read_as_a_person_says_them(seconds: float, words: str) -> None:
     assert banner.duration(seconds) == words
+
+
+@pytest.mark.parametrize("kind", ["run", "kohya"])
+def test_a_run_can_start_from_another_ones_weights(kind: str, tiny_model: str, data: Path) -> None:
+    first = train(tiny_model, output_dir="first", training={"learning_rate": 1e-2})
+    given = first.run_dir
+    if kind == "kohya":
+        lora = formats.read_lora(given / "final", {"unet": first.parts.unet})
+        formats.write_kohya(lora, given := given / "lora.safetensors", {})
+    still = {"max_train_steps": 1, "learning_rate": 1e-30}
+    on = train(tiny_model, output_dir="on", lora={"start_from": str(given)}, training=still)
+    before, after = weights_of(first), weights_of(on)
+    assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-8) for name in before)
+    assert load_config(on.run_dir / "config.yaml").lora.start_from == runs.relative(given)
+
+
+def test_what_a_run_started_from_is_part_of_it(tiny_model: str, data: Path) -> None:
+    train(tiny_model, output_dir="first")
+    train(tiny_model, output_dir="on", lora={"start_from": "first"})
+    with pytest.raises(BunnyLoraError, match=r"lora\.start_from"):
+        train(tiny_model, output_dir="on")
+    with pytest.raises(BunnyLoraError, match="nowhere"):
+        train(tiny_model, output_dir="other", lora={"start_from": "nowhere"})
