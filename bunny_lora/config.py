@@ -95,6 +95,8 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = Field(4, ge=1)
     gradient_checkpointing: bool = False
     max_grad_norm: float = Field(1.0, gt=0)
+    # How likely each part of a caption, between commas, is left out; the first one always stays.
+    caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     # Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556; its authors use 5. None: all alike.
     snr_gamma: float | None = Field(None, gt=0)
@@ -166,6 +168,8 @@ class Config(Section):
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
     center_crop: bool = True
     random_flip: bool = False
+    # A picture of one character whose face was found is shown from near as often as whole.
+    zoom_on_faces: bool = False
     num_workers: int = Field(0, ge=0, le=256)
     pin_memory: bool = False
     use_8bit_adam: bool = False

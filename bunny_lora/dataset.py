@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +30,13 @@ from bunny_lora.data_summary import (
     sha256_hex,
 )
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import is_file, is_inside, open_rgb, plain_bytes, plain_suffix
+from bunny_lora.images import crop_around, is_file, is_inside, open_rgb, plain_bytes, plain_suffix
 from bunny_lora.progress import progress
 from bunny_lora.stage4 import METADATA, Frame, Source, json_lines
 
 T = TypeVar("T")
 MAX_STEM_CHARACTERS = 80
+FACE_TO_ZOOM = 4.0  # the side of a picture from near over its face: a head, and most of a cartoon body
 # `datasets` takes a file that has one of these words in its name for a part of its own, without texts.
 SPLIT_WORDS = re.compile(
     r"(?<![^\W\d_])(train|training|val|valid|validation|dev|test|testing|eval|evaluation)(?![^\W\d_])",
@@ -257,18 +258,37 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         images = (load_summary(self.data_dir) or {}).get("images", [])
         names = {image["file_name"]: tuple(image["characters"]) for image in images}
         self.characters: list[tuple[str, ...]] = [names.get(name, ()) for name in self.file_names]
+        found = {image["file_name"]: (image["faces"], image["size"]) for image in images}
+        seen = [found.get(name, ([], [])) for name in self.file_names]
+        self.faces: list[list[list[float]]] = [faces for faces, _ in seen]
+        self.sizes: list[list[int]] = [size for _, size in seen]
 
     def __len__(self) -> int:
         return len(self.file_names)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        return self._read(index, self._cut)
+
+    def _read(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
         path = self.paths[index]
         try:
-            image = self._cut(open_rgb(path))
+            image = cut(open_rgb(path))
         except Exception as error:  # Pillow's decoders raise whatever they trip over.
             raise BunnyLoraError(f"Could not read {path}: {error}. Prepare the data again.") from error
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def can_zoom(self, index: int) -> bool:
+        """Whether it is clear who would be seen from near: one name in the picture, and one face."""
+        return len(self.characters[index]) == 1 and len(self.faces[index]) == 1
+
+    def zoomed(self, index: int) -> torch.Tensor:
+        """Return the square around the only face of a picture, [3, resolution, resolution]."""
+        return self._read(index, lambda image: self._around(image, self.faces[index][0]))
+
+    def _around(self, image: Image.Image, face: Sequence[float]) -> Image.Image:
+        near = crop_around(image, face, FACE_TO_ZOOM)
+        return near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS)
 
     def _cut(self, image: Image.Image) -> Image.Image:
         if self.center_crop:
@@ -291,14 +311,18 @@ def known_images(data_dir: Path) -> list[dict[str, Any]]:
 
 
 def data_sha256(data_dir: Path) -> str:
-    """Return one hash of all that training reads of a folder: captions and pictures.
+    """Return one hash of all that training reads of a folder: captions, pictures, who is where in them.
 
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
     data_dir = runs.resolve(data_dir)
     names = sorted({file_name for file_name, _ in _read_rows(data_dir, "-")})
-    return runs.sha256(data_dir / METADATA, *(data_dir / name for name in names))
+    digest = runs.sha256(data_dir / METADATA, *(data_dir / name for name in names))
+    if (summary := load_summary(data_dir)) is None:
+        return digest
+    who = [[image[key] for key in ("file_name", "characters", "faces")] for image in summary["images"]]
+    return sha256_hex((digest + json.dumps(who)).encode())
 
 
 def write_captions(folder: Path, captions: dict[str, str]) -> None:

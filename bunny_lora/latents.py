@@ -7,6 +7,7 @@ step; so each image is encoded once, as mean and standard deviation, and each sa
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,17 +38,37 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """A data set as latent distributions, with its captions.
+class View:
+    """One way of seeing image `index`: whole or from near, as it is or mirrored."""
 
-    `moments[i][flipped]` is float32 [2, 4, H/8, W/8]: mean and standard deviation. `stream` names the
-    random numbers, so that training and class images do not share theirs.
+    index: int
+    zoomed: bool
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class EncodedView:
+    """A view as latents: mean and standard deviation, float32 [2, 4, H/8, W/8].
+
+    `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already.
     """
 
-    moments: list[list[torch.Tensor]]
+    moments: torch.Tensor
+    faces: list[list[float]]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """A data set as latent distributions, each image in one or several views, with its captions.
+
+    `stream` names the random numbers, so that training and class images do not share theirs.
+    """
+
+    views: list[list[EncodedView]]
     captions: list[str]
     latent_size: int
     stream: str
+    tag_dropout: float = 0.0
 
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
@@ -60,35 +81,53 @@ class EncodedImages:
 
     def _draw(self, seed: int, position: int, index: int, num_train_timesteps: int) -> tuple:
         random = generator(seed, f"{self.stream} sample", position)
-        variants = self.moments[index]
-        mean, std = variants[int(torch.randint(len(variants), (), generator=random))]
+        views = self.views[index]
+        view = views[int(torch.randint(len(views), (), generator=random))]
+        mean, std = view.moments
         latents = mean + std * torch.randn(mean.shape, generator=random)
-        latents = self._crop(latents, random)
+        latents = self._crop(latents, view.faces, random)
         noise = torch.randn(latents.shape, generator=random)
         timestep = torch.randint(num_train_timesteps, (), generator=random)
-        return latents, noise, timestep, self.captions[index]
+        return latents, noise, timestep, self._thinned(self.captions[index], random)
 
-    def _crop(self, latents: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-        """Cut a random square out of latents of the whole frame; a centre crop is one already."""
-        top, left = (
-            int(torch.randint(side - self.latent_size + 1, (), generator=random))
-            for side in latents.shape[1:]
-        )
+    def _crop(
+        self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
+    ) -> torch.Tensor:
+        """Cut a random square out of latents of a whole frame, around a face if there are any."""
+        height, width = latents.shape[1:]
+        face = [0.0, 0.0, width, height]
+        if faces:
+            face = faces[int(torch.randint(len(faces), (), generator=random))]
+        top = self._offset(face[1], face[3], height, random)
+        left = self._offset(face[0], face[2], width, random)
         return latents[:, top : top + self.latent_size, left : left + self.latent_size]
 
+    def _offset(self, low: float, high: float, length: int, random: torch.Generator) -> int:
+        """Return the start of a random window that holds `low` to `high`, or lies in it if longer."""
+        ends = sorted((math.floor(low), math.ceil(high) - self.latent_size))
+        first, last = (min(max(end, 0), length - self.latent_size) for end in ends)
+        return first + int(torch.randint(last - first + 1, (), generator=random))
 
-class _Variants(Dataset):
-    """The images of a data set, each plain and, if asked, mirrored: [3, H, W] in [-1, 1]."""
+    def _thinned(self, caption: str, random: torch.Generator) -> str:
+        first, *rest = caption.split(", ")
+        luck = torch.rand(len(rest), generator=random)
+        kept = [tag for tag, chance in zip(rest, luck, strict=True) if chance >= self.tag_dropout]
+        return ", ".join([first, *kept])
 
-    def __init__(self, images: ImageDataset, flips: int) -> None:
-        self.images, self.flips = images, flips
+
+class _Pixels(Dataset):
+    """The views of a data set as tensors, [3, H, W] in [-1, 1]."""
+
+    def __init__(self, images: ImageDataset, views: list[View]) -> None:
+        self.images, self.views = images, views
 
     def __len__(self) -> int:
-        return len(self.images) * self.flips
+        return len(self.views)
 
     def __getitem__(self, item: int) -> torch.Tensor:
-        pixel_values = self.images[item // self.flips]
-        return pixel_values.flip(-1) if item % self.flips else pixel_values
+        view = self.views[item]
+        pixel_values = self.images.zoomed(view.index) if view.zoomed else self.images[view.index]
+        return pixel_values.flip(-1) if view.mirrored else pixel_values
 
 
 def encode_dataset(
@@ -98,6 +137,8 @@ def encode_dataset(
     cache_dir: Path,
     *,
     random_flip: bool = False,
+    zoom_on_faces: bool = False,
+    tag_dropout: float = 0.0,
     num_workers: int = 0,
     pin_memory: bool = False,
     stream: str = "training",
@@ -110,24 +151,48 @@ def encode_dataset(
         captions: one an image, in the images' order.
         cache_dir: holds one safetensors file a key; it may be deleted at any time.
         random_flip: encode the mirror images too.
+        zoom_on_faces: encode the square around the face too, where there is one name and one face.
+        tag_dropout: share of a caption's parts, between commas, left out at random but for the first.
         num_workers: processes that decode images, as in torch's `DataLoader`.
         pin_memory: as in torch's `DataLoader`; speeds up copies to a GPU.
         stream: names the random numbers that samples are drawn with.
     """
-    flips = 2 if random_flip else 1
-    path = cache_dir / f"{_key(vae, images, flips)}.safetensors"
+    views = [
+        View(index, zoomed, mirrored)
+        for index in range(len(images))
+        for zoomed in (False, True)
+        if not zoomed or (zoom_on_faces and images.can_zoom(index))
+        for mirrored in ((False, True) if random_flip else (False,))
+    ]
+    path = cache_dir / f"{_key(vae, images, views)}.safetensors"
     if not path.is_file():
         loader = DataLoader(
-            _Variants(images, flips), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+            _Pixels(images, views), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
         )
-        bar = progress(_encode_each(vae, loader), desc="encode images", total=len(images) * flips)
+        bar = progress(_encode_each(vae, loader), desc="encode images", total=len(views))
         tensors = {f"{i:06d}": moments for i, moments in enumerate(bar)}
         with runs.atomic_path(path) as part:
             save_file(tensors, part)
     tensors = load_file(path)
-    flat = [tensors[f"{i:06d}"] for i in range(len(images) * flips)]
-    moments = [flat[i : i + flips] for i in range(0, len(flat), flips)]
-    return EncodedImages(moments, list(captions), images.resolution // 8, stream)
+    encoded: list[list[EncodedView]] = [[] for _ in range(len(images))]
+    for i, view in enumerate(views):
+        moments = tensors[f"{i:06d}"]
+        encoded[view.index].append(EncodedView(moments, _faces_in(view, images, moments)))
+    return EncodedImages(encoded, list(captions), images.resolution // 8, stream, tag_dropout)
+
+
+def _faces_in(view: View, images: ImageDataset, moments: torch.Tensor) -> list[list[float]]:
+    """Return the faces of a whole frame in pixels of its latents."""
+    if view.zoomed or images.center_crop or not images.faces[view.index]:
+        return []
+    height, width = moments.shape[2:]
+    across, down = (
+        new / old for new, old in zip((width, height), images.sizes[view.index], strict=True)
+    )
+    faces = [
+        [x1 * across, y1 * down, x2 * across, y2 * down] for x1, y1, x2, y2 in images.faces[view.index]
+    ]
+    return [[width - x2, y1, width - x1, y2] for x1, y1, x2, y2 in faces] if view.mirrored else faces
 
 
 def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tensor]:
@@ -140,9 +205,10 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
     vae.to(memory_format=torch.contiguous_format)
 
 
-def _key(vae: AutoencoderKL, images: ImageDataset, flips: int) -> str:
+def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
     digest = hashlib.sha256(runs.sha256(*images.paths).encode())
-    digest.update(f"{images.resolution}/{images.center_crop}/{flips}/{vae.dtype}".encode())
+    digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
+    digest.update(repr([images.faces[view.index] for view in views if view.zoomed]).encode())
     digest.update(str(vae.config.scaling_factor).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode())

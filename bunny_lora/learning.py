@@ -15,7 +15,10 @@ from bunny_lora.seeding import derive_seed
 
 
 class PromptEncoder:
-    """Captions to encoder_hidden_states; once each and for all while the text encoder is frozen."""
+    """Captions to encoder_hidden_states; once each and for all while the text encoder is frozen.
+
+    Captions that are not among those named at the start, thinned ones, are encoded each time.
+    """
 
     def __init__(self, components: Components, captions: Iterable[str], *, trainable: bool) -> None:
         self.components, self.trainable = components, trainable
@@ -29,7 +32,12 @@ class PromptEncoder:
         """Return encoder_hidden_states [N, model_max_length, cross_attention_dim]."""
         if self.trainable:
             return encode_prompts(self.components, captions)
-        return torch.stack([self.known[caption] for caption in captions])
+        with torch.no_grad():
+            return torch.stack([self._state(caption) for caption in captions])
+
+    def _state(self, caption: str) -> torch.Tensor:
+        known = self.known.get(caption)
+        return encode_prompts(self.components, [caption])[0] if known is None else known
 
 
 @dataclass

@@ -294,6 +294,8 @@ class LoRATrainer:
             captions,
             folder.parent / "latents",
             random_flip=config.random_flip,
+            zoom_on_faces=config.zoom_on_faces,
+            tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
             num_workers=config.num_workers,
             pin_memory=config.pin_memory,
             stream=stream,

@@ -1,14 +1,19 @@
 """Latents: encoded once, cached by everything that matters, drawn by position."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw_frames
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from bunny_lora import latents
+from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
+from bunny_lora.runs import write_json
 
 N_IMAGES = 5
 
@@ -24,6 +29,19 @@ def encode(vae: AutoencoderKL, folder: Path, **options: object) -> latents.Encod
     return latents.encode_dataset(vae, images, images.captions, folder.parent / "cache", **options)
 
 
+def moments(encoded: latents.EncodedImages) -> list[torch.Tensor]:
+    return [view.moments for views in encoded.views for view in views]
+
+
+def without_noise(encoded: latents.EncodedImages) -> latents.EncodedImages:
+    """Sampling from these latents gives their means."""
+    views = [
+        [replace(v, moments=torch.stack([v.moments[0], torch.zeros_like(v.moments[1])])) for v in image]
+        for image in encoded.views
+    ]
+    return replace(encoded, views=views)
+
+
 @pytest.fixture
 def folder(project: Path) -> Path:
     return draw_frames(project / "data" / "instance_images", N_IMAGES)
@@ -33,7 +51,7 @@ def test_latents_are_what_the_vae_says(vae: AutoencoderKL, folder: Path) -> None
     encoded = encode(vae, folder)
     pixels = ImageDataset(folder, resolution=32, center_crop=True)[2][None]
     expected = vae.encode(pixels).latent_dist
-    mean, std = encoded.moments[2][0]
+    mean, std = encoded.views[2][0].moments
     torch.testing.assert_close(mean, expected.mean[0] * vae.config.scaling_factor)
     torch.testing.assert_close(std, expected.std[0] * vae.config.scaling_factor)
 
@@ -44,7 +62,7 @@ def test_a_second_run_reads_the_cache_and_gets_the_same(
     first = encode(vae, folder)
     monkeypatch.setattr(latents, "encode_images", None)
     second = encode(vae, folder)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first.moments, second.moments, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments(first), moments(second), strict=True))
 
 
 def test_a_changed_picture_crop_or_vae_is_encoded_anew(vae: AutoencoderKL, folder: Path) -> None:
@@ -65,7 +83,7 @@ def test_workers_and_pinned_memory_change_no_value(vae: AutoencoderKL, folder: P
     plain = encode(vae, folder)
     (folder.parent / "cache").rename(folder.parent / "first")
     loaded = encode(vae, folder, num_workers=1, pin_memory=True)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(plain.moments, loaded.moments, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments(plain), moments(loaded), strict=True))
 
 
 def test_a_batch_is_its_samples_whatever_the_batch_size(vae: AutoencoderKL, folder: Path) -> None:
@@ -110,17 +128,90 @@ def test_noise_is_standard_normal_and_timesteps_cover_the_schedule(
 
 def test_random_flip_draws_both_mirror_images(vae: AutoencoderKL, folder: Path) -> None:
     encoded = encode(vae, folder, random_flip=True)
-    assert all(len(variants) == 2 for variants in encoded.moments)
+    assert all(len(views) == 2 for views in encoded.views)
     pixels = ImageDataset(folder, resolution=32, center_crop=True)[0].flip(-1)[None]
     mirrored = vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor
-    torch.testing.assert_close(encoded.moments[0][1][0], mirrored)
+    torch.testing.assert_close(encoded.views[0][1].moments[0], mirrored)
 
 
 def test_without_centre_crop_the_whole_frame_is_seen(vae: AutoencoderKL, folder: Path) -> None:
     encoded = encode(vae, folder, center_crop=False)
-    whole = encoded.moments[0][0]
+    whole = moments(encoded)[0]
     assert whole.shape == (2, 4, 4, 7), "96 x 54 frames at 32 px are 56 x 32"
-    no_noise = [[torch.stack([m[0][0], torch.zeros_like(m[0][1])])] for m in encoded.moments]
-    still = latents.EncodedImages(no_noise, encoded.captions, 4, "training")
+    still = without_noise(encoded)
     crops = {still.batch(0, p, 1, 1000).latents.numpy().tobytes() for p in range(0, 200)}
     assert len(crops) == 4 * N_IMAGES, "each of the four places of the square in the frame comes up"
+
+
+# ---------------------------------------------------------------------------- faces
+
+
+def know(folder: Path, **facts: tuple[list[str], list[list[float]]]) -> None:
+    """Write down who is in some of the 96 x 54 frames, and where the faces are."""
+    images = [
+        {"file_name": f"{name}.png", "characters": who, "faces": faces, "size": [96, 54]}
+        for name, (who, faces) in facts.items()
+    ]
+    summary = {"schema_version": SCHEMA_VERSION, "images": images}
+    write_json(folder.parent / SUMMARY, summary)
+
+
+def names(folder: Path) -> list[str]:
+    return [
+        Path(name).stem for name in ImageDataset(folder, resolution=32, center_crop=True).file_names
+    ]
+
+
+def test_a_square_of_a_frame_holds_one_of_its_faces(vae: AutoencoderKL, folder: Path) -> None:
+    """Latents are 7 x 4, squares 4 x 4: a face on the right side leaves the two places on the right."""
+    right, both = names(folder)[:2]
+    at_right, at_left = [75.0, 10.0, 85.0, 20.0], [2.0, 10.0, 12.0, 20.0]
+    know(folder, **{right: (["ellie"], [at_right]), both: ([], [at_right, at_left])})
+    for mirrored in (False, True):
+        encoded = without_noise(encode(vae, folder, center_crop=False, random_flip=mirrored))
+        for index, places in ((0, {3}), (1, {0, 3})):
+            view = encoded.views[index][int(mirrored)]
+            drawn = {
+                encoded._crop(view.moments[0], view.faces, luck(i)).numpy().tobytes() for i in range(40)
+            }
+            left = {3 - place if mirrored else place for place in places}
+            assert drawn == {view.moments[0][:, :, x : x + 4].numpy().tobytes() for x in left}
+
+
+def luck(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_zooming_shows_the_only_face_from_near(vae: AutoencoderKL, folder: Path) -> None:
+    alone, two, nameless, faceless = names(folder)[:4]
+    face = [60.0, 20.0, 68.0, 28.0]
+    know(folder, **{
+        alone: (["ellie"], [face]), two: (["ellie"], [face, face]), nameless: ([], [face]),
+        faceless: (["rex"], []),
+    })  # fmt: skip
+    encoded = encode(vae, folder, zoom_on_faces=True, center_crop=False)
+    assert [len(views) for views in encoded.views] == [2, 1, 1, 1, 1]
+    near = ImageDataset(folder, resolution=32, center_crop=False).zoomed(0)
+    with Image.open(folder / f"{alone}.png") as frame:
+        by_hand = frame.convert("RGB").crop((48, 8, 80, 40))
+    torch.testing.assert_close(
+        (near + 1) * 127.5, torch.tensor(np.array(by_hand)).permute(2, 0, 1).float()
+    )
+    expected = vae.encode(near[None]).latent_dist.mean[0] * vae.config.scaling_factor
+    torch.testing.assert_close(encoded.views[0][1].moments[0], expected, rtol=1e-4, atol=1e-4)
+    plain = encode(vae, folder, center_crop=False)
+    assert [len(views) for views in plain.views] == [1] * N_IMAGES
+
+
+def test_parts_of_captions_are_left_out_but_never_the_first(vae: AutoencoderKL, folder: Path) -> None:
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    captions = ["ellie, bunny, snow, running"] * N_IMAGES
+    cache = folder.parent / "cache"
+    encoded = latents.encode_dataset(vae, images, captions, cache, tag_dropout=0.5)
+    seen = encoded.batch(0, 0, 400, 1000).captions
+    assert all(caption.split(", ")[0] == "ellie" for caption in seen) and len(set(seen)) == 8
+    assert 0.45 < sum("snow" in caption for caption in seen) / 400 < 0.55
+    assert seen == encoded.batch(0, 0, 400, 1000).captions
+    whole = latents.encode_dataset(vae, images, captions, cache)
+    assert whole.batch(0, 0, 20, 1000).captions == captions * 4
+    assert torch.equal(whole.batch(0, 0, 20, 1000).noise, encoded.batch(0, 0, 20, 1000).noise)

@@ -340,3 +340,14 @@ def test_what_a_run_started_from_is_part_of_it(tiny_model: str, data: Path) -> N
         train(tiny_model, output_dir="on")
     with pytest.raises(BunnyLoraError, match="nowhere"):
         train(tiny_model, output_dir="other", lora={"start_from": "nowhere"})
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_thinned_captions_reach_the_unet(train_text_encoder: bool, tiny_model: str, data: Path) -> None:
+    """Noise and timesteps stay the same, so only the words can make the first loss another one."""
+    lora = {"train_text_encoder": train_text_encoder}
+    whole = train(tiny_model, output_dir="whole", lora=lora, training={"max_train_steps": 1})
+    thinned = {"max_train_steps": 1, "caption_tag_dropout": 0.9}
+    thin = train(tiny_model, output_dir="thin", lora=lora, training=thinned)
+    assert log_of(whole)[0]["loss"] != log_of(thin)[0]["loss"]
+    assert log_of(whole)[0]["loss"] == pytest.approx(log_of(thin)[0]["loss"], rel=0.05)
