@@ -135,7 +135,7 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
         "measure", help="measure Bunny World's models: the model card's table"
     )
     measure.add_argument("--out", type=Path, required=True, help="folder of the reader and the results")
-    measure.add_argument("--weights", type=Path, required=True, help="folder of sd/ and clip/")
+    measure.add_argument("--weights", type=Path, help="folder of sd/ and clip/ (the shipped ones)")
     measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
     measure.set_defaults(run=_measure)
 
@@ -247,11 +247,12 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from bunny_lora.components import WORLD_WEIGHTS
     from bunny_lora.world.pretrain_reader import pretrain_reader
     from bunny_lora.world.quality import measure
 
     reader = pretrain_reader(options.out)
-    measure(options.weights, reader, options.out, n_images=options.images)
+    measure(options.weights or WORLD_WEIGHTS, reader, options.out, n_images=options.images)
     print(options.out / "quality.json")
 
 

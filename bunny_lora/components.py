@@ -25,6 +25,10 @@ transformers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
 
+BUNNY_WORLD = "bunny-world"
+WORLD_WEIGHTS = Path(__file__).parent / "world" / "weights"
+"""What the package brings: `sd/`, the pipeline that `base_model: bunny-world` names, and `clip/`."""
+
 
 @dataclass
 class Components:
@@ -71,6 +75,8 @@ def resolve_base_model(name: str) -> str:
 
     Stand-ins are built where they are named for the first time.
     """
+    if name == BUNNY_WORLD:
+        return str(WORLD_WEIGHTS / "sd")
     if name in standins.STANDINS:
         return str(standins.standin_folder(name))
     for folder in (Path(name).expanduser(), runs.resolve(name)):
@@ -93,7 +99,8 @@ def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
         f"Could not load the base model {base_model}: {reason}\n"
         "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
         " nota-ai/bk-sdm-tiny, downloaded once with `hf download nota-ai/bk-sdm-tiny`), or, with no"
-        f" download, {' or '.join(standins.STANDINS)} (random weights: they draw noise)."
+        f" download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
+        f" {' or '.join(standins.STANDINS)} (random weights: they draw noise)."
     )
 
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
+from bunny_lora.components import BUNNY_WORLD, WORLD_WEIGHTS
 from bunny_lora.errors import BunnyLoraError
 
-BUNNY_WORLD_CLIP = Path(__file__).parent / "world" / "weights" / "clip"
 PALETTE_SIZE_PX = 64
 BATCH_SIZE = 16
 
@@ -78,8 +78,8 @@ def load_features(name: str, device: str = "cpu") -> Features:
     """
     if name == "palette":
         return Features(name, _palette)
-    if name == "bunny-world":
-        return Features(name, _clip(str(BUNNY_WORLD_CLIP), device))
+    if name == BUNNY_WORLD:
+        return Features(name, _clip(str(WORLD_WEIGHTS / "clip"), device))
     if "/" not in name and not Path(name).is_dir():
         raise BunnyLoraError(
             f'Unknown evaluation.features "{name}": choose palette, bunny-world, or a CLIP model'

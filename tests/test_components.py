@@ -56,7 +56,7 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
 
 
 def test_a_missing_model_is_explained_with_ways_out(project: Path) -> None:
-    ways_out = r"nobody/nothing(.|\n)*nota-ai/bk-sdm-tiny(.|\n)*random-tiny"
+    ways_out = r"nobody/nothing(.|\n)*nota-ai/bk-sdm-tiny(.|\n)*bunny-world(.|\n)*random-tiny"
     with pytest.raises(BunnyLoraError, match=ways_out):
         components.load_components("nobody/nothing", CPU, torch.float32)
     with pytest.raises(BunnyLoraError, match=ways_out):

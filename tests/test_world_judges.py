@@ -26,6 +26,7 @@ from bunny_lora.world.pretrain_reader import (
     QUESTIONS,
     load_reader,
     pretrain_reader,
+    shares_right,
     single_picture,
     truth,
 )
@@ -54,6 +55,20 @@ def test_the_truth_is_what_the_picture_shows():
     answers = [known[i] for known, i in zip(QUESTIONS.values(), truth(picture), strict=True)]
     traits = character.traits
     assert answers == [traits.species, traits.fur, picture.scene.place, character.pose, traits.outfit]
+
+
+def test_nobody_is_asked_what_a_sleeper_wears():
+    pictures = [single_picture(0, index) for index in range(60)]
+    right = torch.tensor([truth(picture) for picture in pictures])
+    asleep = torch.tensor([picture.characters[0].pose == "sleeping" for picture in pictures])
+    assert 0 < asleep.sum() < 60
+    answers = {name: right[:, column].clone() for column, name in enumerate(QUESTIONS)}
+    answers["outfit"][asleep] += 1
+    assert set(shares_right(answers, pictures).values()) == {1.0}
+    answers["species"][:30] += 1
+    answers["outfit"][~asleep] += 1
+    shares = shares_right(answers, pictures)
+    assert shares["species"] == 0.5 and shares["outfit"] == 0.0 and shares["pose"] == 1.0
 
 
 def test_a_plain_caption_says_everything_that_is_asked():

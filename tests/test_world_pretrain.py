@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.world.attributes import random_picture
+from bunny_lora.world.attributes import FURS, HEROES, REGULARS, SPECIES, random_picture
 from bunny_lora.world.captions import vocabulary
 from bunny_lora.world.learner import Learner, learning_rate
 from bunny_lora.world.pretrain_data import as_rows, drawn_pictures
@@ -156,16 +155,29 @@ def test_every_word_is_one_token_and_new_words_still_tokenize(tmp_path):
     assert tokenizer.decode(strange.input_ids, skip_special_tokens=True) == "zaphod émigré 4 2"
 
 
-def test_training_captions_drop_out_and_meet_new_names():
-    picture = replace(
-        random_picture(0, 0), characters=(replace(random_picture(0, 0).characters[0], name="milo"),)
+def test_training_captions_drop_out_and_call_people_names():
+    picture = next(
+        p
+        for p in (random_picture(0, i) for i in range(99))
+        if [bool(c.name) for c in p.characters] == [True]
     )
-    texts = [training_caption(picture, 0, step, 0) for step in range(400)]
+    traits = picture.characters[0].traits
+    texts = [training_caption(picture, 0, step, 0) for step in range(600)]
     assert texts[3] == training_caption(picture, 0, 3, 0)
     said = [text for text in texts if text]
-    assert 0.05 < 1 - len(said) / len(texts) < 0.17
-    named = sum("milo" in text.split(",")[0] for text in said) / len(said)
-    assert 0.7 < named < 0.9
+    assert 0.05 < 1 - len(said) / len(texts) < 0.15
+    names = [text.split(", ")[0] for text in said]
+    regular = REGULARS[traits.species, traits.fur]
+    assert 0.75 < names.count(regular) / len(said) < 0.85, "most often, who it always is"
+    assert 0.02 < sum(name in HEROES for name in names) / len(said) < 0.09, "anybody at all"
+    assert len(set(names)) > 60, "names made up on the spot"
+    untold = [text for name, text in zip(names, said, strict=True) if f"{traits.fur} " not in text]
+    assert 0.2 < len(untold) / len(said) < 0.5, "the regular's looks may go unsaid"
+
+
+def test_each_look_has_one_regular_and_no_hero_is_one():
+    assert len(REGULARS) == len(SPECIES) * len(FURS) == len(set(REGULARS.values()))
+    assert not set(REGULARS.values()) & set(HEROES)
 
 
 def test_latents_are_encoded_once_and_completed_after_an_interruption(tmp_path, vae_dir, monkeypatch):

@@ -8,19 +8,18 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
+from bunny_lora.components import WORLD_WEIGHTS
 from bunny_lora.features import load_features
 from bunny_lora.world.attributes import HEROES
 from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretrain_data import heldout, hero_images
-from bunny_lora.world.pretrain_sd import SHIPPED_VAE
 from bunny_lora.world.pretrain_vae import psnr
 
-WEIGHTS = SHIPPED_VAE.parents[1]
-CLIP = WEIGHTS / "clip"
+CLIP = WORLD_WEIGHTS / "clip"
 
 
 def test_the_weights_are_small_float16_and_no_pickle() -> None:
-    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    files = [path for path in WORLD_WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".md", ".png"}
     for path in (path for path in files if path.suffix == ".safetensors"):
@@ -30,7 +29,7 @@ def test_the_weights_are_small_float16_and_no_pickle() -> None:
 
 
 def test_the_autoencoder_keeps_pictures_of_any_character() -> None:
-    vae = AutoencoderKL.from_pretrained(SHIPPED_VAE).eval()
+    vae = AutoencoderKL.from_pretrained(WORLD_WEIGHTS / "sd" / "vae").eval()
     assert vae.config.latent_channels == 4 and vae.config.sample_size == 128
     unseen = heldout(7, 128, 16)
     assert psnr(vae, unseen) > 29
@@ -67,12 +66,12 @@ def test_pictures_and_captions_go_through_the_processor() -> None:
 
 
 def test_the_model_card_says_what_was_measured() -> None:
-    card = (WEIGHTS / "README.md").read_text(encoding="utf-8")
-    told = json.loads((WEIGHTS / "quality.json").read_text(encoding="utf-8"))
+    card = (WORLD_WEIGHTS / "README.md").read_text(encoding="utf-8")
+    told = json.loads((WORLD_WEIGHTS / "quality.json").read_text(encoding="utf-8"))
     assert f"{told['vae']['psnr_db']:.2f} dB" in card
     assert f"{told['vae']['psnr_heroes_db']:.2f} dB" in card
     assert f"{told['clip']['same_hero_auc']:.4f}" in card
 
 
 def test_the_weights_do_not_tell_where_they_were_made() -> None:
-    assert not [path for path in WEIGHTS.rglob("*.json") if "_name_or_path" in path.read_text()]
+    assert not [path for path in WORLD_WEIGHTS.rglob("*.json") if "_name_or_path" in path.read_text()]

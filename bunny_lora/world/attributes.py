@@ -116,6 +116,17 @@ HEROES = {
 """The cast to be learned. Their furs and their ears never occur in random sampling, nor does any
 random character of a hero's species carry the hero's mark."""
 
+REGULARS = {
+    (species, fur): name
+    for (species, fur), name in zip(
+        [(species, fur) for species in SPECIES for fur in FURS],
+        [name for name in NAMES if name not in HEROES],
+        strict=False,
+    )
+}
+"""Who is always called the same where the denoiser is taught, by species and fur: from them it learns
+that a name can tell who is meant, though it never learns who the heroes are."""
+
 HERO_MARKS = {traits.species: traits.mark for traits in HEROES.values()}
 
 

@@ -1,9 +1,9 @@
 """Captions in the manner of stage 4's `sd_caption`, from a small closed vocabulary.
 
 What is said, in which words and in which order is drawn by lot; what is drawn is never misnamed.
-Names say nothing about who bears them. Of the heroes a caption tells the species, sometimes clothes
-and a rough colour, never the ear: as with a language model that looks at a frame, most of what
-makes them themselves goes unsaid.
+Names say nothing about who bears them, but for the regulars', whose looks may go unsaid. Of the heroes
+a caption tells the species, sometimes clothes and a rough colour, never the ear: as with a language
+model that looks at a frame, most of what makes them themselves goes unsaid.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bunny_lora.world.attributes import (
     HEROES,
     NAMES,
     OUTFIT_COLOURS,
+    REGULARS,
     Character,
     Picture,
     generator,
@@ -219,7 +220,9 @@ def caption(picture: Picture, seed: int) -> str:
     head = [character.name] if character.name else []
     if teller.chance(0.8 if head else 0.4):
         head.append(pick(teller.rng, _KINDS))
-    head.append(teller.looks(character, brief=False))
+    regular = REGULARS.get((character.traits.species, character.traits.fur), "")
+    if regular != character.name or teller.chance(0.65):
+        head.append(teller.looks(character, brief=False))
     extras = _deeds(teller, character, picture.scene.camera) + extras
     return _fit(head, extras, teller.rng.permutation(len(extras)))
 

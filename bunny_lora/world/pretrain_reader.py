@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -195,12 +195,21 @@ def accuracy(reader: Reader, seed: int, size: int, n: int) -> dict[str, float]:
     """Return the share of right answers to each question on `n` pictures that training never sees."""
     unseen = [single_picture(heldout_seed(seed), index) for index in range(n)]
     images = torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in unseen]))
-    right = torch.tensor([truth(picture) for picture in unseen])
-    answers = reader.read(images)
-    return {
-        name: float((answers[name] == right[:, column]).float().mean())
-        for column, name in enumerate(QUESTIONS)
-    }
+    return shares_right(reader.read(images), unseen)
+
+
+def shares_right(answers: Mapping[str, torch.Tensor], pictures: Sequence[Picture]) -> dict[str, float]:
+    """Return the share of right answers to each question, see `Reader.read`.
+
+    Nobody is asked what a sleeper wears: scarf and cape lie hidden under a sleeper's head.
+    """
+    right = torch.tensor([truth(picture) for picture in pictures])
+    awake = torch.tensor([picture.characters[0].pose != "sleeping" for picture in pictures])
+    shares = {}
+    for column, name in enumerate(QUESTIONS):
+        hits = (answers[name] == right[:, column])[awake if name == "outfit" else slice(None)]
+        shares[name] = round(float(hits.float().mean()), 4)
+    return shares
 
 
 def save_reader(reader: Reader, path: Path) -> None:

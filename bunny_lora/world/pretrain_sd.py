@@ -1,4 +1,8 @@
-"""Pretrain the denoiser and its text encoder, together, on encoded pictures and their captions.
+"""Pretrain the denoiser and its text encoder on encoded pictures and their captions.
+
+The text encoder begins as that of the world's CLIP, and its token embeddings stay as they are. If no
+name ever meant anything, it would learn to drop names, and leave a LoRA nothing to tie a character to:
+so most names stand for a species and a fur (`attributes.REGULARS`), and those of heroes for nobody.
 
 The pictures of a step, their captions, timesteps and noise are functions of the seed and the step, so
 a run that goes on from its last state ends in the same weights as one that was never interrupted.
@@ -17,24 +21,22 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora import components, diffusion
-from bunny_lora.runs import atomic_path, read_json, write_json
+from bunny_lora.runs import atomic_path, read_json, sha256, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
-from bunny_lora.world.attributes import Picture, random_picture
+from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.learner import Learner, learning_rate
 from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures
 from bunny_lora.world.pretrain_latents import encoded_pictures
-from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
+from bunny_lora.world.tokenizer import build_tokenizer
 
-SHIPPED_VAE = Path(__file__).parent / "weights" / "sd" / "vae"
 CHANNELS = (96, 160, 192)
-_TEXT_WIDTH = 192
 _SNR_GAMMA = 5.0
-_NO_CAPTION, _NEW_NAME = 0.1, 0.2
+_NO_CAPTION, _HERO_NAME, _NEW_NAME = 0.1, 0.05, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
     "orange cat with blue eyes and a green hat, laughing, waving, beach, sunset",
@@ -47,38 +49,25 @@ PROMPTS = (
 )
 
 
-def build_denoiser(
-    vocab_size: int, *, side: int = 16, channels: tuple[int, ...] = CHANNELS, seed: int = 0
-) -> nn.ModuleDict:
-    """Return an untrained UNet (`unet`) and text encoder (`text_encoder`) that fit each other.
+def build_unet(
+    text_width: int, *, side: int = 16, channels: tuple[int, ...] = CHANNELS, seed: int = 0
+) -> UNet2DConditionModel:
+    """Return an untrained UNet for latents of `side` x `side` and text states of `text_width`.
 
     Attention lives in the two lower levels; there is no middle block, as in BK-SDM-Tiny.
     """
-    text = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=_TEXT_WIDTH,
-        intermediate_size=4 * _TEXT_WIDTH,
-        projection_dim=_TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
-    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "world denoiser weights"))
-        unet = UNet2DConditionModel(
+        torch.manual_seed(derive_seed(seed, "world unet weights"))
+        return UNet2DConditionModel(
             sample_size=side,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             mid_block_type=None,
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             block_out_channels=channels,
             layers_per_block=1,
-            cross_attention_dim=_TEXT_WIDTH,
+            cross_attention_dim=text_width,
             attention_head_dim=4,
         )
-        return nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(text)})
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -98,17 +87,23 @@ def build_scheduler() -> DDIMScheduler:
 def training_caption(picture: Picture, seed: int, *position: int) -> str:
     """Return what the model is told about a picture at one position of training.
 
-    A new caption each time; now and then nothing (for guidance), or a name made up of syllables in
-    the place of a known one, so that a name never heard is nothing new.
+    A new caption each time, now and then nothing, for guidance. Whoever has a name is called by the
+    regulars' for such looks, or else, to no purpose, like a hero or by a name made up of syllables.
     """
     rng = attributes.generator(seed, "training caption", *position)
     if rng.random() < _NO_CAPTION:
         return ""
-    people = [
-        replace(c, name=_new_name(rng)) if c.name and rng.random() < _NEW_NAME else c
-        for c in picture.characters
-    ]
+    people = [replace(c, name=_name(rng, c.traits)) if c.name else c for c in picture.characters]
     return caption(replace(picture, characters=tuple(people)), int(rng.integers(2**31)))
+
+
+def _name(rng: np.random.Generator, traits: Traits) -> str:
+    chance = rng.random()
+    if chance < _HERO_NAME:
+        return attributes.pick(rng, tuple(attributes.HEROES))
+    if chance < _HERO_NAME + _NEW_NAME:
+        return _new_name(rng)
+    return attributes.REGULARS[traits.species, traits.fur]
 
 
 def _captions(chosen: np.ndarray, seed: int, step: int) -> list[str]:
@@ -146,9 +141,9 @@ def _loss(
 def pretrain_sd(
     out_dir: Path,
     *,
-    max_steps: int = 16_000,
+    max_steps: int = 6_000,
     batch_size: int = 32,
-    peak_rate: float = 5e-4,
+    peak_rate: float = 2.5e-3,
     n_pictures: int = N_PICTURES,
     size: int = 128,
     channels: tuple[int, ...] = CHANNELS,
@@ -156,7 +151,7 @@ def pretrain_sd(
     device: str = "cpu",
     n_workers: int = 0,
     stop_at: int | None = None,
-    evaluate_every: int = 1000,
+    evaluate_every: int = 500,
     save_every: int = 250,
     n_sample_steps: int = 25,
     report: Callable[[str], None] = print,
@@ -164,9 +159,9 @@ def pretrain_sd(
     """Train UNet and text encoder, or go on training them, and return the folder of the pipeline.
 
     Args:
-        out_dir: may hold `vae/` (see `pretrain_vae`; else the shipped one serves), receives
-            `latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers' format (averaged
-            weights, float16), and `samples/`.
+        out_dir: may hold `vae/` and `clip/` (see `pretrain_vae`, `pretrain_clip`; else the shipped ones
+            serve), receives `latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers'
+            format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to learn from.
         stop_at: stop at this step already, as an interruption would.
@@ -179,17 +174,27 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
-    vae = out_dir / "vae" if (out_dir / "vae").is_dir() else SHIPPED_VAE
+    shipped = components.WORLD_WEIGHTS
+    vae = out_dir / "vae" if (out_dir / "vae").is_dir() else shipped / "sd" / "vae"
+    clip = out_dir / "clip" if (out_dir / "clip").is_dir() else shipped / "clip"
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    side = latents.shape[-1]
-    models = build_denoiser(len(tokenizer), side=side, channels=channels, seed=seed).to(device)
-    settings = {"channels": list(channels), "seed": seed, "batch_size": batch_size}
+    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
+    text_encoder.get_input_embeddings().requires_grad_(False)
+    width, side = text_encoder.config.hidden_size, latents.shape[-1]
+    unet = build_unet(width, side=side, channels=channels, seed=seed)
+    models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device).train()
+    settings = {
+        "clip": sha256(clip / "model.safetensors"),
+        "channels": list(channels),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
-    learner = Learner(models, settings, ema_decay=0.9995)
+    learner = Learner(models, settings)
     learner.load(state)
     last = min(max_steps, stop_at or max_steps)
     losses: list[float] = []

@@ -13,11 +13,11 @@ from transformers import CLIPModel
 
 from bunny_lora.runs import atomic_path, write_json
 from bunny_lora.seeding import generator
-from bunny_lora.world.attributes import HEROES, NAMES
+from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption
 from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretrain_data import heldout, heldout_seed, hero_images
-from bunny_lora.world.pretrain_reader import QUESTIONS, accuracy, load_reader, single_picture, truth
+from bunny_lora.world.pretrain_reader import accuracy, load_reader, shares_right, single_picture
 from bunny_lora.world.pretrain_vae import psnr, reconstruct
 
 GUIDANCE_SCALE, N_STEPS = 4.0, 20
@@ -66,16 +66,11 @@ def measure(
     reader = load_reader(reader_file)
     asked = [single_picture(heldout_seed(seed) + 1, index) for index in range(n_images)]
     images = _draw_all(pipeline, [plain_caption(picture) for picture in asked], seed, report)
-    right = torch.tensor([truth(picture) for picture in asked])
-    answers = reader.read(images)
     found["base_model"] = {
         "n_images": n_images,
         "guidance_scale": GUIDANCE_SCALE,
         "num_inference_steps": N_STEPS,
-        "follows_the_prompt": {
-            name: round(float((answers[name] == right[:, column]).float().mean()), 4)
-            for column, name in enumerate(QUESTIONS)
-        },
+        "follows_the_prompt": shares_right(reader.read(images), asked),
         "reader_on_renders": accuracy(reader, seed, size, n_heldout),
     }
     report(f"base model: {found['base_model']}")
@@ -110,24 +105,24 @@ def _measure_names(
     seed: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return how like each hero the base model's pictures are, by the hero's name and by others'.
+    """Return how like each hero the base model's pictures are, by the hero's name and the regulars'.
 
     `vectors` are those of `n_each` renders of each hero. Both names get the same scenes and noise.
     """
-    strangers = [name for name in NAMES if name not in HEROES]
+    regulars = list(REGULARS.values())
     found = {}
     for row, hero in enumerate(HEROES):
         own = vectors[row * n_each : (row + 1) * n_each]
         centre = torch.nn.functional.normalize(own.mean(0), dim=0)
         by_name = []
-        for names in ([hero], strangers):
+        for names in ([hero], regulars):
             prompts = list(_name_prompts(names, n_each // 4, seed))
             images = _draw_all(pipeline, prompts, seed + 1 + row, report)
             by_name.append(image_vectors(clip, images) @ centre)
         gain = by_name[0] - by_name[1]
         found[hero] = {
             "likeness_by_own_name": round(float(by_name[0].mean()), 3),
-            "likeness_by_other_names": round(float(by_name[1].mean()), 3),
+            "likeness_by_regulars_names": round(float(by_name[1].mean()), 3),
             "gain_95_percent": round(1.96 * float(gain.std()) / len(gain) ** 0.5, 3),
             "likeness_of_renders": round(float((own @ centre).mean()), 3),
         }
