@@ -38,6 +38,7 @@ __all__ = [
     "attach",
     "attach_modules",
     "check_adapter",
+    "find_weights",
     "load_adapter",
     "load_weights",
     "save_adapter",
@@ -232,6 +233,18 @@ def adapter_parts(weights_dir: Path) -> dict[str, Path]:
     if not parts:
         check_adapter(weights_dir / "unet")
     return parts
+
+
+def find_weights(lora_weights_dir: str | Path) -> Path:
+    """Return the folder that holds `unet/`: the one named, or `final/` inside it; or the file named."""
+    folder = Path(lora_weights_dir).expanduser()
+    folder = folder if folder.exists() else runs.resolve(folder)
+    if folder.is_file():
+        return folder
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    adapter_parts(folder)
+    return folder
 
 
 def adapter_digest(weights_dir: Path) -> str | None:

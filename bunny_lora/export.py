@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bunny_lora import components, formats, inference, runs
+from bunny_lora import adapters, components, formats, inference, runs
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export_about import About, model_card
 from bunny_lora.formats import DIFFUSERS_NAME, PARTS, LoRA
@@ -71,7 +71,7 @@ def export(
     out_dir = runs.resolve(out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise BunnyLoraError(f"{out_dir} exists and is not empty: choose another folder or remove it.")
-    weights_dir = inference.find_weights(lora_weights_dir)
+    weights_dir = adapters.find_weights(lora_weights_dir)
     base_model = base_model or inference.recorded_base_model(weights_dir)
     parts = components.load_components(base_model, torch.device("cpu"), torch.float32)
     pipe = components.pipeline_from(parts, base_model)

@@ -40,7 +40,7 @@ def load_lora_pipeline(
     """
     given = {} if lora_weights_dir is None else lora_weights_dir
     weights = dict(given) if isinstance(given, Mapping) else {given: 1.0}
-    found = {find_weights(path): weight for path, weight in weights.items()}
+    found = {adapters.find_weights(path): weight for path, weight in weights.items()}
     first = next(iter(found), None)
     place = components.resolve_device(device)
     if dtype is None:
@@ -76,18 +76,6 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
         )
     weights = {weights_dir: told.recommended.lora_scale}
     return load_lora_pipeline(told.base_model, weights, device)
-
-
-def find_weights(lora_weights_dir: str | Path) -> Path:
-    """Return the folder that holds `unet/`: the one named, or `final/` inside it; or the file named."""
-    folder = Path(lora_weights_dir).expanduser()
-    folder = folder if folder.exists() else runs.resolve(folder)
-    if folder.is_file():
-        return folder
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    adapters.adapter_parts(folder)
-    return folder
 
 
 def recorded_base_model(weights_dir: Path | None) -> str:

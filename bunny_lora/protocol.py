@@ -110,7 +110,7 @@ def slug(character: str) -> str:
 
 def find_models(run_dir: Path, config: Config) -> list[Model]:
     """Return base, every checkpoint by step, and final; a checkpoint equal to final is left out."""
-    final = inference.find_weights(run_dir / "final")
+    final = adapters.find_weights(run_dir / "final")
     device = components.resolve_device(config.device)
     base_model = inference.recorded_base_model(final)
     shared = {

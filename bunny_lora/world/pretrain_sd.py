@@ -70,6 +70,13 @@ def build_unet(
         )
 
 
+def _build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
+    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
+    text_encoder.get_input_embeddings().requires_grad_(False)
+    unet = build_unet(text_encoder.config.hidden_size, side=side, channels=channels, seed=seed)
+    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+
+
 def build_scheduler() -> DDIMScheduler:
     """Return the noise schedule: Stable Diffusion's betas, the UNet predicting v."""
     return DDIMScheduler(
@@ -182,11 +189,7 @@ def pretrain_sd(
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
-    text_encoder.get_input_embeddings().requires_grad_(False)
-    width, side = text_encoder.config.hidden_size, latents.shape[-1]
-    unet = build_unet(width, side=side, channels=channels, seed=seed)
-    models = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device).train()
+    models = _build_models(clip, latents.shape[-1], channels, seed).to(device).train()
     settings = {
         "clip": sha256(clip / "model.safetensors"),
         "channels": list(channels),
