@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
     _add_export(commands.add_parser("export", help="write trained weights for other programs"))
+    _add_sweep(commands.add_parser("sweep", help="train and evaluate over a grid of settings"))
     _add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
     return parser
 
@@ -112,6 +113,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hub", metavar="OWNER/NAME", help="upload too, to this private repository")
     parser.set_defaults(run=_export)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="YAML with config, output_dir and grid")
+    parser.add_argument(
+        "--slurm",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as jobs of a SLURM cluster, with submitit's options: slurm_partition=cpu timeout_min=600",
+    )
+    parser.set_defaults(run=_sweep)
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +240,26 @@ def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Pat
         return [output]
     folder, stem = (output.parent, f"{output.stem}-") if is_file else (output, "")
     return [folder / f"{stem}{p:02d}-{seed}.png" for p in range(n_prompts) for seed in seeds]
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from bunny_lora import sweep
+    from bunny_lora.config import assign
+
+    folder, grid = sweep.read_sweep(options.file)
+    todo = [run for run in grid if not run.done]
+    print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done")
+    if options.slurm is None:
+        failures = sweep.sweep_here(todo)
+    else:
+        settings: dict[str, Any] = {}
+        for assignment in options.slurm:
+            assign(settings, assignment)
+        failures = sweep.sweep_on_cluster(todo, folder, settings)
+    print(sweep.leaderboard_text(sweep.leaderboard(folder, grid)))
+    print(folder / sweep.LEADERBOARD)
+    if failures:
+        raise BunnyLoraError(f"{len(failures)} of {len(grid)} runs failed:\n" + "\n".join(failures))
 
 
 def _pretrain(options: argparse.Namespace) -> None:

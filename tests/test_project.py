@@ -32,7 +32,17 @@ LAYERS = {
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),
-        *("figures", "scores", "grids", "report", "widgets", "export", "export_about", "batch"),
+        *(
+            "figures",
+            "scores",
+            "grids",
+            "report",
+            "widgets",
+            "export",
+            "export_about",
+            "batch",
+            "sweep",
+        ),
     },
     "entry": {"session", "cli", "__main__"},
 }

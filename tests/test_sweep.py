@@ -1,0 +1,102 @@
+"""Sweeps: every point of the grid, once, wherever it runs."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from conftest import draw_frames, tiny_config
+
+from bunny_lora import cli, runs, sweep
+from bunny_lora.config import merge
+from bunny_lora.errors import BunnyLoraError
+
+
+@pytest.fixture
+def file(project: Path, tiny_model: str) -> Path:
+    """A grid of two ranks over a run of one step."""
+    draw_frames(project / "pictures", 4)
+    one_step = {"max_train_steps": 1, "gradient_accumulation_steps": 1}
+    quick = {"training": one_step, "evaluation": {"num_images_per_prompt": 1}}
+    config = tiny_config(tiny_model, **merge({"source": "pictures"}, quick))
+    (project / "params" / "base.yaml").write_text(config.to_yaml())
+    path = project / "sweep.yaml"
+    path.write_text("config: params/base.yaml\noutput_dir: sweeps/a\ngrid:\n  lora.rank: [1, 2]\n")
+    return path
+
+
+def board(project: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((project / "sweeps" / "a" / "leaderboard.csv").open()))
+
+
+def test_a_sweep_trains_and_judges_each_point_once(
+    file: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sweep", str(file)]) == 0
+    rows = board(project)
+    assert {row["lora.rank"] for row in rows} == {"1", "2"}
+    assert float(rows[0]["fidelity"]) >= float(rows[1]["fidelity"])
+    for row in rows:
+        result = runs.read_json(project / row["run"] / "evaluation" / "eval.json")
+        assert float(row["fidelity"]) == result["models"]["final"]["all"]["fidelity"]["mean"]
+        config = runs.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
+        assert str(config["r"]) == row["lora.rank"]
+    before = {path: path.stat().st_mtime_ns for path in project.glob("sweeps/a/*/final/*/*")}
+    capsys.readouterr()
+    assert cli.main(["sweep", str(file)]) == 0
+    assert "2 runs, 2 of them done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
+
+
+def test_a_point_that_cannot_be_trained_does_not_stop_the_others(
+    file: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = file.read_text().replace("lora.rank: [1, 2]", "lora.target_modules: [[no_such], [to_q]]")
+    file.write_text(text)
+    assert cli.main(["sweep", str(file)]) != 0
+    assert [row["lora.target_modules"] for row in board(project)] == ["['to_q']"]
+    told = capsys.readouterr().err
+    assert "1 of 2 runs failed" in told and "no_such" in told and "Traceback" not in told
+
+
+def test_jobs_of_a_cluster_do_the_same(file: Path, project: Path) -> None:
+    pytest.importorskip("submitit")
+    folder, grid = sweep.read_sweep(file)
+    failures = sweep.sweep_on_cluster(grid, folder, {"timeout_min": 5}, cluster="local")
+    assert failures == []
+    assert len(sweep.leaderboard(folder, grid)) == 2 and all(run.done for run in grid)
+
+
+def test_without_a_cluster_it_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+    assert cli.main(["sweep", str(file), "--slurm", "timeout_min=5"]) != 0
+    told = capsys.readouterr().err
+    assert "srun" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {lora.rank: [1]}", "output_dir"),
+        ("output_dir: a\ngrid: {}", "grid"),
+        ("output_dir: a\ngrid: {lora.rank: []}", "no values"),
+        ("output_dir: a\ngrid: {lora.rank: [1, 1]}", "twice"),
+        ("output_dir: a\ngrid: {lora.rnk: [1]}", "lora.rank"),
+        ("output_dir: a\ngrid: {lora.rank: [none]}", "lora.rank"),
+        ("output_dir: a\ngird: {lora.rank: [1]}", "gird"),
+        ("output_dir: 3\ngrid: {lora.rank: [1]}", "output_dir"),
+        ("- 1", "no sweep"),
+        ("grid: [", "no sweep"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_explained_before_anything_starts(
+    text: str, message: str, project: Path
+) -> None:
+    (project / "sweep.yaml").write_text(text)
+    with pytest.raises(BunnyLoraError, match=message):
+        sweep.read_sweep(project / "sweep.yaml")
+    assert not list(project.glob("a*"))
+
+
+def test_a_missing_file_is_explained(project: Path) -> None:
+    with pytest.raises(BunnyLoraError, match=r"nowhere.yaml is no sweep"):
+        sweep.read_sweep(project / "nowhere.yaml")
