@@ -43,7 +43,7 @@ demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, hea
 test: export HF_HUB_OFFLINE := 1
 test: lint ## Lint, types, fast tests, and the notebooks at smoke size
 	$(BIN)/python -m pytest tests
-	@rm -rf outputs/smoke outputs/standins/random-tiny
+	@rm -rf outputs/smoke
 	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	    $(NOTEBOOKS:%=notebooks/%.ipynb)
 	@echo "All passed: lint, format, types, tests, notebooks $(NOTEBOOKS)."
@@ -55,7 +55,7 @@ torture: $(INSTALLED) ## Kill training 55 times, resume, and compare every byte;
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace
 notebooks: export BUNNY_LORA_PARAMS := params/smoke.yaml
 notebooks: $(INSTALLED) ## Execute the notebooks anew and keep the outputs that the tests compare
-	@rm -rf outputs/smoke outputs/standins/random-tiny
+	@rm -rf outputs/smoke
 	$(BIN)/$(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS:%=notebooks/%.ipynb)
 	$(BIN)/$(NBCONVERT) --TagRemovePreprocessor.enabled=True \

@@ -151,3 +151,15 @@ def test_heldout_frames_are_new_and_show_one_hero(film):
     assert not shown & {frame.picture.scene.seed for frame in frames}
     with pytest.raises(BunnyLoraError, match="no hero"):
         heldout_frames("buck", 1)
+
+
+def test_the_demo_asks_for_what_its_film_does_not_show(film):
+    """What params/demo.yaml promises."""
+    seen = {
+        (character["pose"], frame["scene"]["place"])
+        for frame in truth_of(film)
+        for character in frame["characters"]
+        if character["name"] in HEROES
+    }
+    assert len(seen) > 20
+    assert not seen & {("sitting", "beach"), ("jumping", "forest")}

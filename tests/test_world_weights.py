@@ -8,11 +8,13 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
+from bunny_lora import components
 from bunny_lora.components import WORLD_WEIGHTS
 from bunny_lora.features import load_features
 from bunny_lora.world.attributes import HEROES
 from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretrain_data import heldout, hero_images
+from bunny_lora.world.pretrain_sd import PROMPTS
 from bunny_lora.world.pretrain_vae import psnr
 
 CLIP = WORLD_WEIGHTS / "clip"
@@ -45,6 +47,20 @@ def test_the_judge_tells_heroes_apart_that_it_never_saw() -> None:
     assert same_hero_auc(image_vectors(clip, images), pictures) > 0.97
 
 
+def test_the_base_model_draws_what_it_is_asked_for() -> None:
+    """The judge, which reads both, finds each picture's prompt among all of them."""
+    prompts = PROMPTS[:7]  # the last one names a hero, which says nothing yet
+    parts = components.load_components("bunny-world", torch.device("cpu"), torch.float32)
+    pipe = components.pipeline_from(parts, "bunny-world")
+    settings = {"num_inference_steps": 12, "guidance_scale": 4.0, "width": 128, "height": 128}
+    images = [components.draw_image(pipe, prompt, seed=1, **settings) for prompt in prompts]
+    processor = CLIPProcessor.from_pretrained(CLIP)
+    inputs = processor(text=list(prompts), images=images, return_tensors="pt", padding="max_length")
+    with torch.no_grad():
+        found = CLIPModel.from_pretrained(CLIP)(**inputs).logits_per_image.argmax(1)
+    assert sum(int(i) == row for row, i in enumerate(found)) >= 6
+
+
 def test_evaluation_finds_the_judge_by_its_name() -> None:
     images, pictures = hero_views(8, 128, 10)
     look = load_features("bunny-world")
@@ -71,6 +87,13 @@ def test_the_model_card_says_what_was_measured() -> None:
     assert f"{told['vae']['psnr_db']:.2f} dB" in card
     assert f"{told['vae']['psnr_heroes_db']:.2f} dB" in card
     assert f"{told['clip']['same_hero_auc']:.4f}" in card
+    for shares in (told["base_model"]["follows_the_prompt"], told["base_model"]["reader_on_renders"]):
+        assert " | ".join(f"{share:.1%}" for share in shares.values()) in card
+    for name, hero in told["heroes"].items():
+        likeness = [
+            f"{hero[key]:.3f}" for key in ("likeness_by_own_name", "likeness_by_regulars_names")
+        ]
+        assert f"| {name} | {' | '.join(likeness)} |" in card
 
 
 def test_the_weights_do_not_tell_where_they_were_made() -> None:

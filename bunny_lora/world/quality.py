@@ -116,7 +116,7 @@ def _measure_names(
         centre = torch.nn.functional.normalize(own.mean(0), dim=0)
         by_name = []
         for names in ([hero], regulars):
-            prompts = list(_name_prompts(names, n_each // 4, seed))
+            prompts = list(_name_prompts(names, n_each, seed))
             images = _draw_all(pipeline, prompts, seed + 1 + row, report)
             by_name.append(image_vectors(clip, images) @ centre)
         gain = by_name[0] - by_name[1]
