@@ -258,7 +258,9 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         images = (load_summary(self.data_dir) or {}).get("images", [])
         names = {image["file_name"]: tuple(image["characters"]) for image in images}
         self.characters: list[tuple[str, ...]] = [names.get(name, ()) for name in self.file_names]
-        found = {image["file_name"]: (image["faces"], image["size"]) for image in images}
+        found = {
+            i["file_name"]: (i["faces"], i["size"]) for i in images if {"faces", "size"} <= i.keys()
+        }
         seen = [found.get(name, ([], [])) for name in self.file_names]
         self.faces: list[list[list[float]]] = [faces for faces, _ in seen]
         self.sizes: list[list[int]] = [size for _, size in seen]
@@ -321,7 +323,9 @@ def data_sha256(data_dir: Path) -> str:
     digest = runs.sha256(data_dir / METADATA, *(data_dir / name for name in names))
     if (summary := load_summary(data_dir)) is None:
         return digest
-    who = [[image[key] for key in ("file_name", "characters", "faces")] for image in summary["images"]]
+    who = [
+        [image.get(key) for key in ("file_name", "characters", "faces")] for image in summary["images"]
+    ]
     return sha256_hex((digest + json.dumps(who)).encode())
 
 
