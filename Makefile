@@ -23,7 +23,7 @@ help: ## Say what each command does
 # What the cells print goes to the console as they run, without what ipykernel says about its ports and
 # its end.
 demo: export BUNNY_LORA_PROGRESS := lines
-# A model so small loses by waiting for a second thread: 0.21 s a step on two, 0.15 on one.
+# A model so small loses by waiting for a second thread: 0.21 s a step on two, 0.16 on one.
 demo: export OMP_NUM_THREADS := 1
 demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, headless
 	@rm -rf $(DEMO_RUN) $(DEMO)/training_data

@@ -49,31 +49,25 @@ PROMPTS = (
 )
 
 
-def build_unet(
-    text_width: int, *, side: int = 16, channels: tuple[int, ...] = CHANNELS, seed: int = 0
-) -> UNet2DConditionModel:
-    """Return an untrained UNet for latents of `side` x `side` and text states of `text_width`.
+def build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
+    """Return an untrained UNet (`unet`) for latents of `side` x `side`, and a text encoder to fit it.
 
     Attention lives in the two lower levels; there is no middle block, as in BK-SDM-Tiny.
     """
+    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
+    text_encoder.get_input_embeddings().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "world unet weights"))
-        return UNet2DConditionModel(
+        unet = UNet2DConditionModel(
             sample_size=side,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             mid_block_type=None,
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             block_out_channels=channels,
             layers_per_block=1,
-            cross_attention_dim=text_width,
+            cross_attention_dim=text_encoder.config.hidden_size,
             attention_head_dim=4,
         )
-
-
-def _build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
-    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
-    text_encoder.get_input_embeddings().requires_grad_(False)
-    unet = build_unet(text_encoder.config.hidden_size, side=side, channels=channels, seed=seed)
     return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
@@ -189,7 +183,7 @@ def pretrain_sd(
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    models = _build_models(clip, latents.shape[-1], channels, seed).to(device).train()
+    models = build_models(clip, latents.shape[-1], channels, seed).to(device).train()
     settings = {
         "clip": sha256(clip / "model.safetensors"),
         "channels": list(channels),
