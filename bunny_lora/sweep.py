@@ -57,9 +57,9 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it was trained and evaluated with exactly this configuration."""
-        if not (self.folder / "evaluation" / "eval.json").is_file():
-            return False
-        return load_config(self.folder / "config.yaml").model_dump() == self.config.model_dump()
+        path = self.folder / "evaluation" / "eval.json"
+        judged = runs.read_json(path)["run_info"]["config"] if path.is_file() else None
+        return judged == self.config.model_dump(mode="json")
 
 
 def read_sweep(path: Path) -> tuple[Path, list[Run]]:

@@ -9,6 +9,7 @@ from conftest import draw_frames, tiny_config
 from bunny_lora import cli, runs, sweep
 from bunny_lora.config import merge
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.trainer import LoRATrainer
 
 
 @pytest.fixture
@@ -45,6 +46,18 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert cli.main(["sweep", str(file)]) == 0
     assert "2 runs, 2 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
+
+
+def test_a_run_that_was_trained_further_is_judged_again(file: Path, project: Path) -> None:
+    sweep.sweep_here(sweep.read_sweep(file)[1][:1])
+    base = project / "params" / "base.yaml"
+    base.write_text(base.read_text().replace("max_train_steps: 1", "max_train_steps: 2"))
+    run = sweep.read_sweep(file)[1][0]
+    assert not run.done
+    LoRATrainer(config=run.config).train()  # and the power goes before the evaluation
+    assert not run.done
+    sweep.sweep_here([run])
+    assert run.done
 
 
 def test_a_point_that_cannot_be_trained_does_not_stop_the_others(
