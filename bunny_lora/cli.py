@@ -138,6 +138,8 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"])
     pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
+    pretrain.add_argument("--batch-size", type=int, help="pictures a step")
+    pretrain.add_argument("--start-from", type=Path, help="sd: a trained sd/ to learn on from")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
     pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
@@ -273,6 +275,12 @@ def _pretrain(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
     if options.steps is not None:
         settings["max_steps"] = options.steps
+    if options.batch_size is not None:
+        settings["batch_size"] = options.batch_size
+    if options.start_from is not None:
+        if options.model != "sd":
+            raise BunnyLoraError("--start-from is for `pretrain sd` alone: leave it out.")
+        settings["start_from"] = options.start_from
     models: dict[str, Callable[..., Path]]
     models = {"vae": pretrain_vae, "sd": pretrain_sd, "clip": pretrain_clip, "reader": pretrain_reader}
     print(models[options.model](options.out, stop_at=options.stop_at, **settings))

@@ -203,3 +203,29 @@ def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a grey rabbit", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 32, 32, 3) and np.isfinite(image).all()
+
+
+def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        shutil.copytree(vae_dir, folder / "vae")
+    trained = pretrain_sd(first, **TINY_SD)
+    heard = []
+    options = TINY_SD | {"report": heard.append, "start_from": trained, "peak_rate": 0.0}
+    pretrain_sd(second, **options, stop_at=2)
+    kept = state_of(second, "sd_state.safetensors")
+    weights = load_file(trained / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(kept[f"model.unet.{name}"], w.float()) for name, w in weights.items())
+    pretrain_sd(second, **options, stop_at=3)
+    with pytest.raises(BunnyLoraError, match="other settings"):
+        pretrain_sd(second, **(options | {"start_from": None}))
+    with pytest.raises(BunnyLoraError, match="another shape"):
+        pretrain_sd(tmp_path / "third", **(options | {"channels": (32, 32, 64)}))
+
+
+def test_only_the_denoiser_can_start_from_an_earlier_one(tmp_path, capsys):
+    from bunny_lora.cli import main
+
+    command = ["world", "pretrain", "vae", "--out", str(tmp_path), "--start-from", str(tmp_path)]
+    assert main(command) == 2
+    assert "pretrain sd" in capsys.readouterr().err

@@ -4,6 +4,9 @@ The text encoder begins as that of the world's CLIP, and its token embeddings st
 name ever meant anything, it would learn to drop names, and leave a LoRA nothing to tie a character to:
 so most names stand for a species and a fur (`attributes.REGULARS`), and those of heroes for nobody.
 
+Every timestep counts the same in the loss of v, as in https://arxiv.org/abs/2202.00512. Min-SNR weights
+all but leave out the noisiest ones, and there it is settled what a body does.
+
 The pictures of a step, their captions, timesteps and noise are functions of the seed and the step, so
 a run that goes on from its last state ends in the same weights as one that was never interrupted.
 """
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora import components, diffusion
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import atomic_path, read_json, sha256, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
@@ -35,7 +40,6 @@ from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
-_SNR_GAMMA = 5.0
 _NO_CAPTION, _HERO_NAME, _NEW_NAME = 0.1, 0.05, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
@@ -107,13 +111,6 @@ def _name(rng: np.random.Generator, traits: Traits) -> str:
     return attributes.REGULARS[traits.species, traits.fur]
 
 
-def _captions(chosen: np.ndarray, seed: int, step: int) -> list[str]:
-    return [
-        training_caption(random_picture(seed, int(index)), seed, step, slot)
-        for slot, index in enumerate(chosen)
-    ]
-
-
 def _new_name(rng: np.random.Generator) -> str:
     n_syllables = int(rng.integers(2, 4))
     return "".join(
@@ -135,8 +132,40 @@ def _loss(
         states = models["text_encoder"](tokens).last_hidden_state
         prediction = models["unet"](noisy, timesteps, states).sample
     target = diffusion.target("v_prediction", latents, noise, timesteps, alphas_cumprod)
-    weights = diffusion.snr_weights(timesteps, alphas_cumprod, _SNR_GAMMA, "v_prediction")
-    return (weights * diffusion.loss_per_sample(prediction, target)).mean()
+    return diffusion.loss_per_sample(prediction, target).mean()
+
+
+def taken_up(models: nn.ModuleDict, pipeline_dir: Path) -> str:
+    """Fill in the weights of a pipeline in diffusers' format and return a hash of them.
+
+    Raises:
+        BunnyLoraError: its models are of another shape.
+    """
+    trained = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    digest = ""
+    for name, kind in trained.items():
+        weights = kind.from_pretrained(pipeline_dir / name, dtype=torch.float32).state_dict()
+        known = {key: tensor.shape for key, tensor in models[name].state_dict().items()}
+        if known != {key: tensor.shape for key, tensor in weights.items()}:
+            raise BunnyLoraError(
+                f"{pipeline_dir / name} is of another shape than the model to train: start from a"
+                " folder that `bunny-lora world pretrain sd` wrote with the same settings."
+            )
+        models[name].load_state_dict(weights)
+        digest += "".join(sha256(file) for file in sorted((pipeline_dir / name).glob("*.safetensors")))
+    return digest
+
+
+def _lesson(
+    latents: np.ndarray, tokenizer: CLIPTokenizer, count: int, stream: int, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `count` pictures of the stream, drawn by lot, and what is said of them, as tokens."""
+    chosen = attributes.generator(seed, "sd batch", step).integers(len(latents), size=count)
+    texts = [
+        training_caption(random_picture(stream, int(index)), seed, step, slot)
+        for slot, index in enumerate(chosen)
+    ]
+    return torch.from_numpy(latents[chosen]).float(), components.tokenize(tokenizer, texts)
 
 
 def pretrain_sd(
@@ -151,6 +180,7 @@ def pretrain_sd(
     seed: int = 0,
     device: str = "cpu",
     n_workers: int = 0,
+    start_from: Path | None = None,
     stop_at: int | None = None,
     evaluate_every: int = 500,
     save_every: int = 250,
@@ -165,13 +195,15 @@ def pretrain_sd(
             format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to learn from.
-        stop_at: stop at this step already, as an interruption would.
         n_workers: processes that draw pictures.
+        start_from: a pipeline that an earlier training left, to learn on from, with other luck.
+        stop_at: stop at this step already, as an interruption would.
         n_sample_steps: denoising steps of the pictures in `samples/`.
         report: receives a line of progress now and then.
 
     Raises:
-        BunnyLoraError: the state in `out_dir` was made under other settings.
+        BunnyLoraError: the state in `out_dir` was made under other settings, or `start_from` is of
+            another shape.
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
@@ -183,26 +215,23 @@ def pretrain_sd(
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
-    models = build_models(clip, latents.shape[-1], channels, seed).to(device).train()
-    settings = {
-        "clip": sha256(clip / "model.safetensors"),
-        "channels": list(channels),
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
-    learner = Learner(models, settings)
+    models = build_models(clip, latents.shape[-1], channels, seed)
+    settings: dict[str, Any] = {"clip": sha256(clip / "model.safetensors"), "channels": list(channels)}
+    settings |= {"seed": seed, "batch_size": batch_size, "n_pictures": n_pictures}
+    settings |= {"max_steps": max_steps, "peak_rate": peak_rate}
+    stream = seed
+    if start_from is not None:
+        settings["start_from"] = origin = taken_up(models, start_from)
+        seed = derive_seed(seed, f"world sd from {origin}")
+    learner = Learner(models.to(device).train(), settings)
     learner.load(state)
     last = min(max_steps, stop_at or max_steps)
     losses: list[float] = []
     since, first = time.monotonic(), learner.step
     while learner.step < last:
-        lot = attributes.generator(seed, "sd batch", learner.step)
-        chosen = lot.integers(n_pictures, size=batch_size)
-        batch = torch.from_numpy(latents[chosen]).to(device).float()
-        tokens = components.tokenize(tokenizer, _captions(chosen, seed, learner.step)).to(device)
+        batch, tokens = _lesson(latents, tokenizer, batch_size, stream, seed, learner.step)
         luck = generator(seed, "world sd noise", learner.step)
-        loss = _loss(models, batch, tokens, scheduler.alphas_cumprod, luck)
+        loss = _loss(models, batch.to(device), tokens.to(device), scheduler.alphas_cumprod, luck)
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
         losses.append(float(loss.detach()))
 
