@@ -64,10 +64,14 @@ def estimate_sec(trainer: LoRATrainer, trial: Trial, n_steps: int) -> float:
     n_pictures = len(training.validation_prompts) * training.num_validation_images
     n_pictures *= -(-n_steps // training.save_steps)
     picture_sec = sampling.num_inference_steps * 2 * trial.forward_sec / training.batch_size
-    return (
-        n_steps * training.gradient_accumulation_steps * trial.micro_batch_sec
-        + n_pictures * picture_sec
-    )
+    count = trainer.group.count
+    return n_steps * _step_sec(trainer, trial) + -(-n_pictures // count) * picture_sec
+
+
+def _step_sec(trainer: LoRATrainer, trial: Trial) -> float:
+    """Return what the process with the most micro-batches of a step needs for them."""
+    n_own = -(-trainer.config.training.gradient_accumulation_steps // trainer.group.count)
+    return n_own * trial.micro_batch_sec
 
 
 def duration(seconds: float) -> str:
@@ -87,11 +91,12 @@ def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
     """Return the opening banner, one fact a line."""
     config, training, parts = trainer.config, trainer.config.training, trainer.parts
     counts = {part: _count(getattr(parts, part)) for part in adapters.PARTS}
-    step_sec = trial.micro_batch_sec * training.gradient_accumulation_steps
+    step_sec, count = _step_sec(trainer, trial), trainer.group.count
+    shared = f", {count} processes" if count > 1 else ""
     per_step = f"{training.batch_size} x {training.gradient_accumulation_steps}"
     precision = str(parts.dtype).removeprefix("torch.")
     lines = {
-        "device": f"{parts.device}, {precision}, {torch.get_num_threads()} threads",
+        "device": f"{parts.device}, {precision}, {torch.get_num_threads()} threads{shared}",
         "base model": config.base_model + (RANDOM if config.base_model in STANDINS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from bunny_lora import adapters, inference, protocol, runs
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import save_figure
 from bunny_lora.grids import picture_grid
+from bunny_lora.processes import Processes
 from bunny_lora.progress import progress
 
 ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
@@ -57,6 +59,8 @@ def draw_batch(
     seeds: Sequence[int],
     out_dir: Path,
     identity: Mapping[str, Any],
+    *,
+    group: Processes = Processes(),  # noqa: B008
     **settings: Any,
 ) -> list[Path]:
     """Draw every prompt with every seed into `out_dir/<prompt>-<seed>.png` and return the files.
@@ -70,6 +74,7 @@ def draw_batch(
         seeds: of each prompt.
         out_dir: receives the pictures and `contact_sheet-<n>.png`.
         identity: see `weights_identity`.
+        group: the processes that share the work, each with a `pipe` of its own; the main one writes.
         settings: as for `inference.generate_image`.
     """
     files = [
@@ -77,14 +82,20 @@ def draw_batch(
         for index, prompt in enumerate(prompts)
         for seed in seeds
     ]
-    missing = [file for file in files if not _is_current(*file, identity, settings)]
-    for path, prompt, seed in progress(missing, desc="draw", unit="image"):
-        image = inference.generate_image(pipe, prompt, seed=seed, **settings)
-        made = json.loads(image.info["parameters"]) | dict(identity)
-        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
-        inference.save_image(image, path)
+    missing = group.told_by_main(
+        lambda: [file for file in files if not _is_current(*file, identity, settings)]
+    )
+
+    def draw_one(file: tuple[Path, str, int]) -> Image.Image:
+        image = inference.generate_image(pipe, file[1], seed=file[2], **settings)
+        return inference.told(image, identity)
+
+    drawn = group.share(missing, draw_one)
+    for (path, _, _), image in progress(drawn, desc="draw", total=len(missing), unit="image"):
+        if group.is_main:
+            inference.save_image(image, path)
     paths = [path for path, _, _ in files]
-    _contact_sheets(out_dir, prompts, seeds, paths)
+    group.told_by_main(lambda: _contact_sheets(out_dir, prompts, seeds, paths))
     return paths
 
 

@@ -108,6 +108,32 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
         raise BunnyLoraError(f"The checkpoint {folder} cannot be resumed from: {error}") from error
 
 
+def snapshot(state: TrainingState) -> dict[str, Any]:
+    """Return all of the state in one value, to hand to another process of the same run."""
+    weights = {part: adapters.trainable_parameters(model) for part, model in state.models.items()}
+    return {
+        "weights": {
+            part: {name: p.detach().cpu() for name, p in found.items()}
+            for part, found in weights.items()
+        },
+        "optimizer": state.optimizer.state_dict(),
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "position": (state.step, state.skipped, state.skipped_in_a_row),
+    }
+
+
+def restore(state: TrainingState, told: dict[str, Any]) -> None:
+    """Put a `snapshot` in place."""
+    for part, model in state.models.items():
+        for name, parameter in adapters.trainable_parameters(model).items():
+            parameter.data.copy_(told["weights"][part][name])
+    state.optimizer.load_state_dict(told["optimizer"])
+    state.lr_scheduler.load_state_dict(told["lr_scheduler"])
+    state.scaler.load_state_dict(told["scaler"])
+    state.step, state.skipped, state.skipped_in_a_row = told["position"]
+
+
 def _by_parameter(moments: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
     state: dict[int, dict[str, Any]] = {}
     for key, value in moments.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import __version__
-from bunny_lora.errors import BunnyLoraError
+from bunny_lora import __version__, runs
+from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
 from bunny_lora.interrupts import StoppedError
 from bunny_lora.session import open_config
 
@@ -21,10 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with runs.quiet_unless_main():
+            options.run(options)
+    except FollowerError:
+        return 2
     except StoppedError as stop:
-        print(f"bunny-lora: {stop}", file=sys.stderr)
+        if runs.is_main_process():
+            print(f"bunny-lora: {stop}", file=sys.stderr)
         return stop.exit_code
+    except LostProcessError as error:
+        print(f"bunny-lora: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # An ordinary end would wait for the connections to what is gone.
     except BunnyLoraError as error:
         print(f"bunny-lora: {error}", file=sys.stderr)
         return 2
@@ -170,7 +178,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from bunny_lora import report, runs
+    from bunny_lora import report
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
@@ -182,7 +190,7 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from bunny_lora import batch, inference, runs
+    from bunny_lora import batch, inference, processes
     from bunny_lora.progress import progress
 
     if bool(options.prompts) != bool(options.out):
@@ -201,7 +209,9 @@ def _generate(options: argparse.Namespace) -> None:
     }
     if options.out:
         identity = batch.weights_identity(options.base_model, weights)
-        paths = batch.draw_batch(pipe, prompts, seeds, runs.resolve(options.out), identity, **settings)
+        out_dir = runs.resolve(options.out)
+        with processes.together(pipe.device) as group:
+            paths = batch.draw_batch(pipe, prompts, seeds, out_dir, identity, group=group, **settings)
     else:
         paths = output_paths(options.output, len(prompts), seeds)
         images = inference.generate_images(pipe, prompts, seeds, **settings)
@@ -226,7 +236,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from bunny_lora import export, runs
+    from bunny_lora import export
 
     kinds = options.format or export.USUAL
     paths = export.export(options.lora_weights, options.out, kinds=kinds, base_model=options.base_model)
@@ -297,7 +307,6 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _film(options: argparse.Namespace) -> None:
-    from bunny_lora import runs
     from bunny_lora.world.film import write_film
 
     print(runs.relative(write_film(options.out, n_frames=options.frames, seed=options.seed)))

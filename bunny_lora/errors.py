@@ -11,3 +11,19 @@ class BunnyLoraError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
+
+
+class FollowerError(BunnyLoraError):
+    """In a process that helps another one: that one has stopped over such a mistake, and says so."""
+
+
+class LostProcessError(BunnyLoraError):
+    """Another process of the run has gone, and nothing can be computed without it."""
+
+    def __init__(self, reason: object, advice: str = "Start all of them again.") -> None:
+        self.reason = reason
+        noticed = str(reason).splitlines()[0]
+        super().__init__(
+            f"Another process of this run has ended or cannot be reached ({noticed}). If it had"
+            f" something to say, it has said it. {advice}"
+        )

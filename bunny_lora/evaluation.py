@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import components, handover, inference, metrics, protocol, runs, standins
+from bunny_lora import components, handover, inference, metrics, processes, protocol, runs, standins
 from bunny_lora.config import Config, load_config
 from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
@@ -58,6 +58,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a run and return what `eval.json` then holds.
 
+    Under `accelerate launch` the processes share the drawing; the run folder must be one for all.
+
     Args:
         run_dir: the run folder, with `final/`.
         config: prompts, seeds, sampling and features; None is the run's own. The base model and its
@@ -70,14 +72,27 @@ def evaluate(
     run_dir = runs.resolve(run_dir)
     config = config or load_config(run_dir / "config.yaml")
     data_dir = runs.resolve(data_dir or config.data_dir)
-    look = load_features(config.evaluation.features, components.resolve_device(config.device).type)
+    device = components.resolve_device(config.device)
+    look = load_features(config.evaluation.features, device.type)
+    with processes.together(device) as group:
+        models = protocol.find_models(run_dir, config)
+        data = Reference.load(data_dir)
+        plan = protocol.plan_pictures(config, list(data.crops), [model.name for model in models])
+        protocol.draw(run_dir, models, plan, config, group)
+        return group.told_by_main(
+            lambda: _judge(run_dir, config, data, look, models[-1].identity, plan)
+        )
 
-    models = protocol.find_models(run_dir, config)
-    data = Reference.load(data_dir)
-    plan = protocol.plan_pictures(config, list(data.crops), [model.name for model in models])
+
+def _judge(
+    run_dir: Path,
+    config: Config,
+    data: Reference,
+    look: Features,
+    identity: dict[str, Any],
+    plan: list[Picture],
+) -> dict[str, Any]:
     shown = save_shown_crops(run_dir, data)
-    protocol.draw(run_dir, models, plan, config)
-    identity = models[-1].identity
     result = {
         "schema_version": SCHEMA_VERSION,
         "base_model": identity["base_model"],

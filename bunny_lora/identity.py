@@ -39,9 +39,10 @@ class Identity:
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, config: Config, data_sha256: str) -> Identity:
-        """Return the identity of a run that is about to start here."""
-        return cls(settings_of(config), data_sha256, environment_of(config))
+    def of(cls, config: Config, data_sha256: str, n_processes: int = 1) -> Identity:
+        """Return the identity of a run that is about to start here, in so many processes."""
+        environment = environment_of(config) | {"processes": str(n_processes)}
+        return cls(settings_of(config), data_sha256, environment)
 
     def as_dict(self) -> dict[str, Any]:
         """Return settings and data as JSON takes them, with one hash over the settings."""

@@ -169,6 +169,13 @@ def generate_images(
             yield generate_image(pipe, prompt, seed=seed, **settings)
 
 
+def told(image: Image.Image, more: Mapping[str, Any]) -> Image.Image:
+    """Have an image of `generate_image` tell more of what made it; returns the image."""
+    made = json.loads(image.info["parameters"]) | dict(more)
+    image.info["parameters"] = json.dumps(made, ensure_ascii=False)
+    return image
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically, with the picture's settings in its `parameters` text."""
     metadata = PngInfo()

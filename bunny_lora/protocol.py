@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bunny_lora import adapters, components, inference, runs
 from bunny_lora.config import Config
+from bunny_lora.processes import Processes
 from bunny_lora.progress import progress
 from bunny_lora.seeding import derive_seed
 
@@ -138,10 +140,29 @@ def base_digest(base_model: str) -> str | None:
 # ---------------------------------------------------------------------------- drawing
 
 
-def draw(run_dir: Path, models: list[Model], plan: list[Picture], config: Config) -> None:
-    """Draw what is missing or stale, one model in memory at a time."""
+def draw(
+    run_dir: Path, models: list[Model], plan: list[Picture], config: Config, group: Processes
+) -> None:
+    """Draw what is missing or stale, one model in memory at a time; each process its share."""
     evaluation_dir = run_dir / "evaluation"
-    missing = {
+    missing = group.told_by_main(lambda: _missing(evaluation_dir, models, plan, config))
+    total = sum(map(len, missing.values()))
+    with progress(
+        desc="Drawing for the evaluation", total=total, unit="image", disable=not total
+    ) as bar:
+        for model in models:
+            if missing[model.name]:
+                for picture, image in draw_with(model, missing[model.name], config, group):
+                    if group.is_main:
+                        inference.save_image(image, evaluation_dir / picture.file)
+                    bar.update()
+                gc.collect()
+
+
+def _missing(
+    evaluation_dir: Path, models: list[Model], plan: list[Picture], config: Config
+) -> dict[str, list[Picture]]:
+    return {
         model.name: [
             picture
             for picture in plan
@@ -150,31 +171,23 @@ def draw(run_dir: Path, models: list[Model], plan: list[Picture], config: Config
         ]
         for model in models
     }
-    total = sum(map(len, missing.values()))
-    with progress(
-        desc="Drawing for the evaluation", total=total, unit="image", disable=not total
-    ) as bar:
-        for model in models:
-            if missing[model.name]:
-                draw_with(model, missing[model.name], evaluation_dir, config, bar)
-                gc.collect()
 
 
 def draw_with(
-    model: Model, pictures: list[Picture], evaluation_dir: Path, config: Config, bar: Any
-) -> None:
-    """Draw pictures with one model; each file tells in its metadata what made it."""
+    model: Model, pictures: list[Picture], config: Config, group: Processes
+) -> Iterator[tuple[Picture, Image.Image]]:
+    """Yield pictures drawn with one model; each image tells in its metadata what made it."""
     identity = model.identity
     dtype = getattr(torch, identity["dtype"])
     pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
-    for picture in pictures:
+
+    def draw_one(picture: Picture) -> Image.Image:
         started = time.perf_counter()
         image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
-        made = json.loads(image.info["parameters"]) | identity
-        made["seconds"] = round(time.perf_counter() - started, 3)
-        image.info["parameters"] = json.dumps(made, ensure_ascii=False)
-        inference.save_image(image, evaluation_dir / picture.file)
-        bar.update()
+        seconds = round(time.perf_counter() - started, 3)
+        return inference.told(image, identity | {"seconds": seconds})
+
+    return group.share(pictures, draw_one)
 
 
 def drawing(seed: int, config: Config) -> dict[str, Any]:

@@ -56,21 +56,20 @@ def holds_run(run_dir: Path) -> bool:
     return any(any(run_dir.glob(name)) for name in ("final", "checkpoint-*"))
 
 
-def open_run(run_dir: Path, config: Config, data_sha256: str) -> Start:
+def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
     """Make `run_dir` ready and return where to go on, or to begin.
 
     Args:
         run_dir: one folder is one run; nobody else writes into it.
         config: of the run that is about to start; written to `config.yaml`, and what
             the user set to `config.input.yaml`.
-        data_sha256: of images and captions, recorded in `provenance.json`.
+        now: of the run that is about to start; the hash of its data goes to `provenance.json`.
 
     Raises:
         BunnyLoraError: the folder holds another run, or something that is no run of ours; or the
             checkpoint that `resume` names is not there or damaged.
     """
     runs.recover(run_dir)
-    now = Identity.of(config, data_sha256)
     if holds_run(run_dir):
         _refuse_another_run(run_dir, now)
     named = None if config.resume in ("auto", "never") else _named(run_dir, str(config.resume))
@@ -78,7 +77,7 @@ def open_run(run_dir: Path, config: Config, data_sha256: str) -> Start:
     start = _read(folder, now) if folder else _fresh(now)
     if named:
         _set_later_ones_aside(run_dir, start.step)
-    _describe(run_dir, config, data_sha256)
+    _describe(run_dir, config, now.data_sha256)
     return start
 
 
@@ -145,7 +144,8 @@ def _read(folder: Path, now: Identity) -> Start:
     """Return the start that a checkpoint gives, after comparing its run with the one to come."""
     saved = runs.read_json(folder / checkpoint.STATE)
     history = list(saved["history"])
-    before = Identity(saved["settings"], saved["data_sha256"], history[-1]["environment"])
+    environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
+    before = Identity(saved["settings"], saved["data_sha256"], environment)
     _refuse(folder, before, now)
     if found := identity.environment_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)

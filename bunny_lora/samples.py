@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 from bunny_lora import components, runs
 from bunny_lora.config import Config, TrainingSection
@@ -42,9 +43,9 @@ def missing_samples(run_dir: Path, training: TrainingSection, step: int) -> list
     return [sample for sample in samples_of(run_dir, training, step) if not sample.path.is_file()]
 
 
-def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> None:
-    """Draw one picture with the weights as they are, and write it."""
-    image = components.draw_image(
+def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> Image.Image:
+    """Draw one picture with the weights as they are."""
+    return components.draw_image(
         pipe,
         sample.prompt,
         seed=sample.seed,
@@ -53,5 +54,9 @@ def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> None:
         width=config.resolution,
         height=config.resolution,
     )
+
+
+def save(image: Image.Image, sample: Sample) -> None:
+    """Write a picture where it belongs."""
     with runs.atomic_path(sample.path) as part:
         image.save(part)

@@ -56,7 +56,7 @@ def open_config(
         configuration.assign(overrides, assignment)
     config = configuration.load_config(path, overrides)
     print(f"Configuration: {runs.relative(path) if path else 'no file'} ({reason})")
-    if config.source == "bunny-world":
+    if config.source == "bunny-world" and runs.is_main_process():
         write_demo_film()
     return config
 

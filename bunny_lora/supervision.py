@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from bunny_lora import checkpoint, runs
 from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import TrainingSection
-from bunny_lora.errors import BunnyLoraError
+from bunny_lora.errors import BunnyLoraError, LostProcessError
 from bunny_lora.interrupts import StoppedError, StopRequest
 from bunny_lora.progress import progress
 from bunny_lora.run_log import RunLog
 from bunny_lora.samples import Sample, is_milestone, samples_of
 
 if TYPE_CHECKING:
-    from bunny_lora.trainer import StepRecord
+    from bunny_lora.loop import StepRecord
 
 # fp16 finds its scale by skipping a few steps in a row; more are no accident.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -34,6 +34,7 @@ class Supervisor:
         state: of the run, as it stands between two steps.
         about: whose state it is; written into each checkpoint.
         draw_samples: draws the pictures that belong to a step; may be stopped.
+        writes: false in processes that only help the one that does.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Supervisor:
         state: TrainingState,
         about: dict[str, Any],
         draw_samples: Callable[[list[Sample]], None],
+        *,
+        writes: bool = True,
     ) -> None:
         self.run_dir, self.training, self.state, self.about = run_dir, training, state, about
-        self.draw_samples = draw_samples
+        self.draw_samples, self.writes = draw_samples, writes
         self.saved_step, self.saved_at = state.step, time.monotonic()
         self.recent: list[float] = []
 
@@ -54,12 +57,13 @@ class Supervisor:
 
         Raises:
             StoppedError: a stop came from outside; the state was saved before.
+            LostProcessError: another process of the run has gone; likewise.
             BunnyLoraError: too many steps in a row gave no finite numbers, or nothing can be written.
         """
         total, step = self.training.max_train_steps, self.state.step
         bar = progress(desc="train", total=total, initial=step, unit="step")
-        with contextlib.closing(RunLog(self.run_dir)) as log, bar:
-            self.log, self.bar = log, bar
+        log = contextlib.closing(RunLog(self.run_dir)) if self.writes else contextlib.nullcontext()
+        with log as self.log, bar as self.bar:
             try:
                 for record in records:
                     self._note(record)
@@ -68,13 +72,17 @@ class Supervisor:
             except StopRequest as stop:
                 self._save_before_stopping()
                 raise StoppedError(self._where_it_goes_on(), stop.number) from None
+            except LostProcessError as lost:
+                self._save_before_stopping()
+                raise LostProcessError(lost.reason, self._where_it_goes_on()) from None
 
     def _note(self, record: StepRecord) -> None:
         state, every = self.state, self.training.logging_steps
         state.step = record.step
         state.skipped += record.skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if record.skipped else 0
-        self.log.write(asdict(record))
+        if self.log is not None:
+            self.log.write(asdict(record))
         if not record.skipped:
             self.recent.append(record.loss)
         if self.recent and (record.step % every == 0 or record.step == self.training.max_train_steps):
@@ -98,6 +106,8 @@ class Supervisor:
             self._save(milestone=False)
 
     def _save(self, *, milestone: bool) -> None:
+        if self.log is None:
+            return
         self.log.sync()
         folder = self.run_dir / f"checkpoint-{self.state.step}"
         checkpoint.save_checkpoint(folder, self.state, self.about, milestone=milestone)

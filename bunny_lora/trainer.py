@@ -1,20 +1,17 @@
-"""Train LoRA adapters: the loop itself, and `LoRATrainer`, which does everything around it."""
+"""`LoRATrainer`: everything around the training loop, from a configuration to `final/`."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from peft import PeftModel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from PIL import Image
 
 from bunny_lora import (
     adapters,
@@ -39,98 +36,14 @@ from bunny_lora.formats import LoRA
 from bunny_lora.identity import Identity
 from bunny_lora.latents import EncodedImages, encode_dataset
 from bunny_lora.learning import Learner
+from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.prepare import prepare_data, source_changed
+from bunny_lora.processes import Processes, together
 from bunny_lora.progress import progress
 from bunny_lora.resume import Start
 from bunny_lora.samples import Sample
 from bunny_lora.seeding import derive_seed
 from bunny_lora.supervision import Supervisor
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimiser step. `loss` is the mean over its `n_images` images.
-
-    `skipped`: loss or gradients were not finite, and the weights stayed as they were.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    skipped: bool
-    seconds: float
-    n_images: int
-    peak_memory_gb: float
-
-
-def training_loop(
-    learner: Learner,
-    optimizer: Optimizer,
-    lr_scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler,
-    start_step: int = 0,
-) -> Iterator[StepRecord]:
-    """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
-
-    A step is one update on batch_size x gradient_accumulation_steps images. The caller decides what
-    happens in between: logging, samples, checkpoints, or stopping early. A stop from outside drops the
-    micro-batch that it comes in, and leaves everything as it was after the last step.
-    """
-    training = learner.config.training
-    images_per_step = training.batch_size * training.gradient_accumulation_steps
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    for step in range(start_step + 1, training.max_train_steps + 1):
-        started = time.perf_counter()
-        first = (step - 1) * images_per_step
-        losses = []
-        for position in range(first, first + images_per_step, training.batch_size):
-            with interrupts.stoppable():
-                loss = learner.loss(position)
-                scaler.scale(loss / training.gradient_accumulation_steps).backward()
-                losses.append(loss.item())
-
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm).item()
-        learning_rate = float(lr_scheduler.get_last_lr()[0])
-        finite = math.isfinite(sum(losses)) and math.isfinite(grad_norm)
-        if finite:
-            scaler.step(optimizer)
-        scaler.update()
-        lr_scheduler.step()
-        optimizer.zero_grad()
-
-        yield StepRecord(
-            step=step,
-            loss=sum(losses) / len(losses),
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            skipped=not finite,
-            seconds=time.perf_counter() - started,
-            n_images=images_per_step,
-            peak_memory_gb=banner.peak_memory_gb(learner.components.device),
-        )
-
-
-def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
-    """Return AdamW with torch's defaults, or bitsandbytes' 8-bit version of it.
-
-    Raises:
-        BunnyLoraError: `use_8bit_adam` without a CUDA GPU or without bitsandbytes.
-    """
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, lr=config.training.learning_rate)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise BunnyLoraError(
-            "use_8bit_adam needs the bitsandbytes package: `pip install bitsandbytes`, or set it to"
-            " false (LoRA's optimiser state is a few MB anyway)."
-        ) from None
-    if not torch.cuda.is_available():
-        raise BunnyLoraError("use_8bit_adam needs a CUDA GPU; set it to false here.")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=config.training.learning_rate)
 
 
 class LoRATrainer:
@@ -153,11 +66,13 @@ class LoRATrainer:
         if config is None:
             if config_path is None:
                 config_path, reason = runs.choose_params()
-                print(f"Configuration: {config_path or 'no file'} ({reason})")
+                if runs.is_main_process():
+                    print(f"Configuration: {config_path or 'no file'} ({reason})")
             config = load_config(config_path, overrides)
         self.config = config
         self.run_dir = runs.resolve(self.config.output_dir)
         self.data_dir = runs.resolve(self.config.data_dir)
+        self.group = Processes()
 
     def train(self) -> Path:
         """Do everything that is left to do of this run and return its `final/` folder.
@@ -166,32 +81,70 @@ class LoRATrainer:
             StoppedError: a signal or the stop button came; the state was saved, if there was any.
             BunnyLoraError: no data, no model, impossible settings, or a run folder with another run.
         """
-        with interrupts.watch():
-            with interrupts.stoppable():
+        device = components.resolve_device(self.config.device)
+        with interrupts.watch(), together(device) as self.group, contextlib.ExitStack() as held:
+            self._refuse_idle_processes()
+            with interrupts.stoppable(), self.group.in_turn():
                 self.prepare_data()
-            if self.config.resume == "never":
-                with run_lock.hold(self.run_dir):
-                    resume.begin_anew(self.run_dir)
+            self.group.told_by_main(lambda: self._take_folder(held))
+            return self._train_what_is_left(self.run_dir / "final")
+
+    def _refuse_idle_processes(self) -> None:
+        """A step's micro-batches are what processes share."""
+        training, count = self.config.training, self.group.count
+        if training.gradient_accumulation_steps < count:
+            raise BunnyLoraError(
+                f"{count} processes share the micro-batches of a step, and with training."
+                f"gradient_accumulation_steps: {training.gradient_accumulation_steps} some of them have"
+                f" nothing to do. Set it to {count} or more, and training.batch_size lower in turn, so"
+                " that a step has as many images as before; or launch fewer processes."
+            )
+
+    def _take_folder(self, held: contextlib.ExitStack) -> None:
+        if self.config.resume == "never":
             with run_lock.hold(self.run_dir):
-                return self._train_what_is_left(self.run_dir / "final")
+                resume.begin_anew(self.run_dir)
+        held.enter_context(run_lock.hold(self.run_dir))
 
     def _train_what_is_left(self, final: Path) -> Path:
         with interrupts.stoppable():
-            data_sha256 = dataset.data_sha256(self.data_dir)
-            start = resume.open_run(self.run_dir, self.config, data_sha256)
-            complete = self._is_complete(start, final)
+            about = Identity.of(self.config, dataset.data_sha256(self.data_dir), self.group.count)
+            start, complete = self.group.told_by_main(lambda: self._open(about, final))
             if not complete:
-                resume.announce(self.run_dir, start)
                 self.load(start)
+                self._refuse_different_processes(about)
         if complete:
             print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
         else:
-            self._train_to_the_end(Identity.of(self.config, data_sha256).as_dict())
+            self._train_to_the_end(about.as_dict())
+        self.group.told_by_main(lambda: self._finish(final, trained=not complete))
+        return final
+
+    def _open(self, about: Identity, final: Path) -> tuple[Start, bool]:
+        start = resume.open_run(self.run_dir, self.config, about)
+        complete = self._is_complete(start, final)
+        if not complete:
+            resume.announce(self.run_dir, start)
+        return start, complete
+
+    def _refuse_different_processes(self, about: Identity) -> None:
+        """Every process must learn the same on the same data."""
+        settings = about.as_dict()["settings_sha256"]
+        known = self.group.gathered((settings, about.data_sha256, self.base_sha256))
+        for rank, theirs in enumerate(known):
+            what = ("settings", "training data", "weights of the base model")
+            if other := [name for name, a, b in zip(what, theirs, known[0], strict=True) if a != b]:
+                raise BunnyLoraError(
+                    f"Process {rank} has other {' and '.join(other)} than the main process: bring the"
+                    " same files to its computer, or let all share one folder."
+                )
+
+    def _finish(self, final: Path, *, trained: bool) -> None:
+        if trained:
             checkpoint.save_adapters(final, self.models)
             print(f"Done: {runs.relative(final)}")
         handover.write_handover(self.run_dir, self.config)
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
-        return final
 
     def _missing_samples(self, step: int) -> list[Sample]:
         return samples.missing_samples(self.run_dir, self.config.training, step)
@@ -219,14 +172,15 @@ class LoRATrainer:
         config, training = self.config, self.config.training
         device = components.resolve_device(config.device)
         dtype = components.resolve_dtype(training.mixed_precision, device)
-        self.parts = components.load_components(config.base_model, device, dtype)
-        self.base_sha256 = identity.model_sha256(self.parts)
-        start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
-        memory.check_pictures(self.parts, config.resolution)
-        self.pipe = components.pipeline_from(self.parts, config.base_model)
-        given = self._given_lora()
-        images = self._encode(self.data_dir, config.instance_prompt, "training")
-        class_images = self._class_images() if config.prior_preservation.enabled else None
+        with self.group.in_turn():
+            self.parts = components.load_components(config.base_model, device, dtype)
+            self.base_sha256 = identity.model_sha256(self.parts)
+            start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
+            memory.check_pictures(self.parts, config.resolution)
+            self.pipe = components.pipeline_from(self.parts, config.base_model)
+            given = self._given_lora() if self.group.is_main else {}
+            images = self._encode(self.data_dir, config.instance_prompt, "training")
+            class_images = self._class_images() if config.prior_preservation.enabled else None
 
         self.models = self._attach()
         self.learner = Learner(self.parts, config, images, class_images)
@@ -241,6 +195,12 @@ class LoRATrainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.state = TrainingState(self.models, self.optimizer, self.lr_scheduler, self.scaler)
         self.history = start.history
+        self.group.told_by_main(lambda: self._take_up(start, given))
+        if self.group.count > 1:
+            told = self.group.told_by_main(lambda: checkpoint.snapshot(self.state))
+            checkpoint.restore(self.state, told)
+
+    def _take_up(self, start: Start, given: LoRA) -> None:
         if start.folder is not None:
             checkpoint.load_checkpoint(start.folder, self.state)
         elif given:
@@ -310,7 +270,8 @@ class LoRATrainer:
         missing = list(itertools.islice(free, max(prior.num_class_images - len(present), 0)))
         for i, path in progress(missing, desc="draw class images", disable=not missing):
             seed = derive_seed(self.config.training.seed, "class image", i)
-            samples.draw(self.pipe, self.config, Sample(path, prior.class_prompt, seed))
+            sample = Sample(path, prior.class_prompt, seed)
+            samples.save(samples.draw(self.pipe, self.config, sample), sample)
         used = [*present, *(path for _, path in missing)][: prior.num_class_images]
         dataset.write_captions(folder, {path.name: prior.class_prompt for path in used})
         return self._encode(folder, prior.class_prompt, "class")
@@ -318,7 +279,8 @@ class LoRATrainer:
     def _train_to_the_end(self, about: dict[str, Any]) -> None:
         last_step, n_steps = self.state.step, self.config.training.max_train_steps
         with interrupts.stoppable():
-            self._draw_samples(self._missing_samples(last_step))
+            missing = self.group.told_by_main(lambda: self._missing_samples(last_step))
+            self._draw_samples(missing)
             self._set_training_mode(True)
             memory.check(self)
             trial = banner.time_trial(self.learner, self.optimizer)
@@ -326,18 +288,29 @@ class LoRATrainer:
 
         about = about | {"base_sha256": self.base_sha256, "history": list(self.history)}
         supervisor = Supervisor(
-            self.run_dir, self.config.training, self.state, about, self._draw_samples
+            self.run_dir,
+            self.config.training,
+            self.state,
+            about,
+            self._draw_samples,
+            writes=self.group.is_main,
         )
-        steps = training_loop(self.learner, self.optimizer, self.lr_scheduler, self.scaler, last_step)
+        steps = training_loop(
+            self.learner, self.optimizer, self.lr_scheduler, self.scaler, last_step, self.group
+        )
         supervisor.follow(steps)
 
     def _draw_samples(self, wanted: list[Sample]) -> None:
         """Draw with the weights as they are; a stop leaves out the rest."""
         self._set_training_mode(False)
-        for sample in wanted:
-            with interrupts.stoppable():
-                samples.draw(self.pipe, self.config, sample)
+        for sample, image in self.group.share(wanted, self._draw):
+            if self.group.is_main:
+                samples.save(image, sample)
         self._set_training_mode(True)
+
+    def _draw(self, sample: Sample) -> Image.Image:
+        with interrupts.stoppable():
+            return samples.draw(self.pipe, self.config, sample)
 
     def _set_training_mode(self, training: bool) -> None:
         for part in self.models:

@@ -28,7 +28,7 @@ LAYERS = {
     "model": {"bpe", "standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
     "training": {
         *("prepare", "latents", "learning", "checkpoint", "identity", "resume", "banner", "memory"),
-        *("samples", "supervision", "handover", "trainer", "inference"),
+        *("samples", "supervision", "handover", "loop", "trainer", "inference", "processes"),
     },
     "judgement": {
         *("features", "metrics", "protocol", "evaluation"),

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from bunny_lora import adapters, banner, components, formats, report, runs
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.trainer import LoRATrainer, build_optimizer, training_loop
+from bunny_lora.loop import build_optimizer, training_loop
+from bunny_lora.trainer import LoRATrainer
 
 
 @pytest.fixture

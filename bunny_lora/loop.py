@@ -1,0 +1,110 @@
+"""The training loop itself, which yields a record after each step, and its optimiser."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bunny_lora import banner, interrupts
+from bunny_lora.config import Config
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.learning import Learner
+from bunny_lora.processes import Processes
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step. `loss` is the mean over its `n_images` images.
+
+    `skipped`: loss or gradients were not finite, and the weights stayed as they were.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    skipped: bool
+    seconds: float
+    n_images: int
+    peak_memory_gb: float
+
+
+def training_loop(
+    learner: Learner,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    start_step: int = 0,
+    group: Processes = Processes(),  # noqa: B008
+) -> Iterator[StepRecord]:
+    """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
+
+    A step is one update on batch_size x gradient_accumulation_steps images, whose micro-batches the
+    processes of `group` deal out among themselves. The caller decides what happens in between: logging,
+    samples, checkpoints, or stopping early. A stop from outside drops the micro-batch that it comes in,
+    and leaves everything as it was after the last step.
+    """
+    training = learner.config.training
+    images_per_step = training.batch_size * training.gradient_accumulation_steps
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    for step in range(start_step + 1, training.max_train_steps + 1):
+        started = time.perf_counter()
+        first = (step - 1) * images_per_step
+        positions = range(first, first + images_per_step, training.batch_size)
+        losses = torch.zeros(len(positions), device=parameters[0].device)
+        for number, position in group.mine(list(enumerate(positions))):
+            group.check()
+            with interrupts.stoppable():
+                loss = learner.loss(position)
+                scaler.scale(loss / len(positions)).backward()
+                losses[number] = loss.item()
+        group.add_up_all([*(p.grad for p in parameters if p.grad is not None), losses])
+
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm).item()
+        learning_rate = float(lr_scheduler.get_last_lr()[0])
+        mean_loss = sum(losses.tolist()) / len(losses)
+        finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+        if finite:
+            scaler.step(optimizer)
+        scaler.update()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+
+        yield StepRecord(
+            step=step,
+            loss=mean_loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            skipped=not finite,
+            seconds=time.perf_counter() - started,
+            n_images=images_per_step,
+            peak_memory_gb=banner.peak_memory_gb(learner.components.device),
+        )
+
+
+def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
+    """Return AdamW with torch's defaults, or bitsandbytes' 8-bit version of it.
+
+    Raises:
+        BunnyLoraError: `use_8bit_adam` without a CUDA GPU or without bitsandbytes.
+    """
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(parameters, lr=config.training.learning_rate)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise BunnyLoraError(
+            "use_8bit_adam needs the bitsandbytes package: `pip install bitsandbytes`, or set it to"
+            " false (LoRA's optimiser state is a few MB anyway)."
+        ) from None
+    if not torch.cuda.is_available():
+        raise BunnyLoraError("use_8bit_adam needs a CUDA GPU; set it to false here.")
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=config.training.learning_rate)

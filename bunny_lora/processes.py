@@ -1,0 +1,197 @@
+"""The processes that share one run: one, or as many as `accelerate launch` started.
+
+A step's micro-batches are dealt out in turn, their gradients added up, and every process takes the same
+update, so how many there are shows in the last bits of the result only. LoRA's gradients are a few MB:
+they travel once a step, in one piece, and DDP's wrapped models and hooks would gain nothing.
+
+One process, the main one, writes and talks. Who waits for another watches a pulse that all keep up: a
+process that has died, or a computer that is gone, is noticed within a minute, though a wait as such,
+while the main process draws its samples for one, may take hours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from bunny_lora import interrupts, runs
+from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+PULSE_SEC = 3.0
+LOST_AFTER_SEC = 40.0
+_POLL_SEC = 0.002
+_NO_LIMIT = timedelta(days=365)
+
+
+class Processes:
+    """This process among those of its run, see `together`. Alone, everything here is for free."""
+
+    def __init__(
+        self, rank: int = 0, count: int = 1, local_rank: int = 0, device: torch.device | None = None
+    ) -> None:
+        self.rank, self.count, self.local_rank, self.device = rank, count, local_rank, device
+        self.is_main = rank == 0
+        self.lost: object = None
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's share of work that is the same list everywhere."""
+        return items[self.rank :: self.count]
+
+    def share(self, items: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+        """Yield every item with what `work` makes of it, in order and in every process.
+
+        Each does its part of the work, one item after the other; `items` are the same list everywhere.
+        """
+        for first in range(0, len(items), self.count):
+            lot = items[first : first + self.count]
+            result = work(lot[self.rank]) if self.rank < len(lot) else None
+            yield from zip(lot, cast("list[R]", self.gathered(result)), strict=False)
+
+    def check(self) -> None:
+        """Raise LostProcessError if another process has gone."""
+        if self.lost is not None:
+            raise LostProcessError(self.lost)
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor by the sum over all processes.
+
+        Raises:
+            LostProcessError: one of them has gone.
+            StopRequest: a stop came from outside while this one waited.
+        """
+        if self.count == 1:
+            return
+        with interrupts.stoppable(), _watched():
+            work = dist.all_reduce(tensor, async_op=True)
+            while not work.is_completed():
+                self.check()
+                time.sleep(_POLL_SEC)
+            work.wait()
+
+    def add_up_all(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace float tensors of one device by their sums over all processes, in one piece."""
+        if self.count == 1:
+            return
+        vector = parameters_to_vector(tensors)
+        self.add_up(vector)
+        vector_to_parameters(vector, tensors)
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.add_up(torch.zeros(1, device=self.device))
+
+    def told_by_main(self, work: Callable[[], T]) -> T:
+        """Have the main process do something, and return in all of them what it returned.
+
+        Raises:
+            BunnyLoraError: as `work` did; in the other processes a `FollowerError`.
+        """
+        if self.count == 1:
+            return work()
+        told: list[Any] = [None, False]
+        mistake: BunnyLoraError | None = None
+        if self.is_main:
+            try:
+                told[0] = work()
+            except BunnyLoraError as error:
+                mistake, told[1] = error, True
+        self.wait()
+        with _watched():
+            dist.broadcast_object_list(told, src=0)
+        if mistake is not None:
+            raise mistake
+        if told[1]:
+            raise FollowerError(f"Process {self.rank} has stopped with the main process.")
+        return told[0]
+
+    def gathered(self, item: T) -> list[T]:
+        """Return the item of every process, by rank."""
+        if self.count == 1:
+            return [item]
+        items: list[Any] = [None] * self.count
+        self.wait()
+        with _watched():
+            dist.all_gather_object(items, item)
+        return items
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the main process go first, then one on each other computer, then the rest.
+
+        So what one prepares is found by the others, on a disk that all share or on each computer's own.
+        """
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.wait()
+        yield
+        for _ in range(turn, 3):
+            self.wait()
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that were launched with this one, for the length of a block.
+
+    Every process must enter the block and do the same in it. On CPUs they talk over gloo, on GPUs over
+    NCCL; a process's GPU is torch's current device.
+
+    Args:
+        device: where they compute.
+    """
+    if runs.n_processes() == 1:
+        yield Processes()
+        return
+    state = PartialState(cpu=device.type == "cpu", timeout=_NO_LIMIT)
+    group = Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
+    with runs.quiet_unless_main(), _pulse(group):
+        yield group
+
+
+@contextlib.contextmanager
+def _pulse(group: Processes) -> Iterator[None]:
+    """Exchange a sign of life every few seconds, in a thread; end it when all have come to the end."""
+    done, gone = threading.Event(), threading.Event()
+    line = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_AFTER_SEC))
+
+    def beat() -> None:
+        try:
+            while not gone.is_set():
+                n_done = torch.tensor([float(done.is_set())])
+                dist.all_reduce(n_done, group=line)
+                if n_done.item() == group.count:
+                    return
+                done.wait(PULSE_SEC)
+        except RuntimeError as error:
+            group.lost = error
+
+    thread = threading.Thread(target=beat, daemon=True, name="bunny_lora pulse")
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        gone.set()  # The others must not take a pulse for work.
+        raise
+    done.set()
+    thread.join()
+    group.check()
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Say of a broken connection what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcessError(error) from error
