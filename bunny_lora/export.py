@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from peft import PeftModel
@@ -136,12 +136,21 @@ def _kohya(job: _Job, folder: Path) -> Path:
 
 def _kohya_sd1(job: _Job, folder: Path) -> Path:
     path = folder / f"{job.about.title}-experimental-for-sd1.safetensors"
-    if job.pipe.unet.config.block_out_channels != [320, 640, 1280]:
+    if list(job.pipe.unet.config.block_out_channels) != [320, 640, 1280]:
         raise BunnyLoraError(
             "kohya-sd1 renames the blocks of BK-SDM-Tiny to those of full Stable Diffusion 1.x, and"
             f" {job.base_model} has other blocks."
         )
-    formats.write_kohya(formats.for_sd1(job.lora), path, job.about.kohya_metadata(experimental=True))
+    renamed = formats.for_sd1(job.lora)
+    formats.write_kohya(renamed, path, job.about.kohya_metadata(experimental=True))
+    # Full Stable Diffusion without its weights: the loader needs to find its modules, no more.
+    with torch.device("meta"):
+        full = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    own, job.pipe.unet = job.pipe.unet, full.to_empty(device="cpu")
+    try:
+        _compare(path, _as_diffusers_sees(job, path), _expected(renamed))
+    finally:
+        job.pipe.unet = own
     return path
 
 

@@ -8,12 +8,22 @@ import pytest
 import torch
 import yaml
 from conftest import draw_frames, tiny_config
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, cli, components, export, formats, handover, inference, runs
+from bunny_lora import (
+    adapters,
+    cli,
+    components,
+    export,
+    formats,
+    handover,
+    inference,
+    runs,
+    standins,
+)
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import Module
 
@@ -138,6 +148,38 @@ def test_a_file_that_its_loader_reads_differently_is_not_written(
     with pytest.raises(BunnyLoraError, match="other modules"):
         export.export(run_dir, tmp_path / "out", kinds=["kohya"])
     assert not any(tmp_path.iterdir())
+
+
+def test_the_file_for_full_stable_diffusion_is_read_back_too(
+    run_dir: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA of BK-SDM-Tiny's shapes, through the loader of a Stable Diffusion 1.x without weights."""
+    parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
+    pipe = components.pipeline_from(parts, tiny_model)
+    with torch.device("meta"):
+        pipe.unet = UNet2DConditionModel(**standins.BK_SDM_TINY.unet)
+    random = torch.Generator().manual_seed(0)
+    lora = {
+        "unet": {
+            name: Module(
+                torch.randn(2, layer.in_features, generator=random),
+                torch.randn(layer.out_features, 2, generator=random),
+                3.0,
+            )
+            for name, layer in pipe.unet.named_modules()
+            if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+        }
+    }
+    about = export.About.of_run(run_dir / "final", tiny_model, lora)
+    job = export._Job(lora, tiny_model, pipe, about)
+    path = export._kohya_sd1(job, tmp_path)
+    assert path.name.endswith("-experimental-for-sd1.safetensors")
+    assert len(load_file(path)) == 3 * 72
+    assert len(pipe.unet.config.block_out_channels) == 3, "the pipeline is as it was"
+
+    monkeypatch.setattr(formats, "for_sd1", lambda lora: lora)  # what no reader finds its blocks in
+    with pytest.raises((BunnyLoraError, RuntimeError)):
+        export._kohya_sd1(job, tmp_path)
 
 
 def test_wrong_orders_are_refused(run_dir: Path, tmp_path: Path) -> None:
