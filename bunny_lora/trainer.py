@@ -128,9 +128,8 @@ class LoRATrainer:
         return start, complete
 
     def _refuse_different_processes(self, about: Identity) -> None:
-        """Every process must learn the same on the same data."""
-        settings = about.as_dict()["settings_sha256"]
-        known = self.group.gathered((settings, about.data_sha256, self.base_sha256))
+        """Every process must do the same on the same data."""
+        known = self.group.gathered((self.config.to_yaml(), about.data_sha256, self.base_sha256))
         for rank, theirs in enumerate(known):
             what = ("settings", "training data", "weights of the base model")
             if other := [name for name, a, b in zip(what, theirs, known[0], strict=True) if a != b]:

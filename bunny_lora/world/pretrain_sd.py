@@ -107,11 +107,12 @@ def _name(rng: np.random.Generator, traits: Traits) -> str:
     if chance < _HERO_NAME:
         return attributes.pick(rng, tuple(attributes.HEROES))
     if chance < _HERO_NAME + _NEW_NAME:
-        return _new_name(rng)
+        return made_up_name(rng)
     return attributes.REGULARS[traits.species, traits.fur]
 
 
-def _new_name(rng: np.random.Generator) -> str:
+def made_up_name(rng: np.random.Generator) -> str:
+    """Return a word that is in no list, such as "tabiko"."""
     n_syllables = int(rng.integers(2, 4))
     return "".join(
         "bdfghjklmnprstvwz"[rng.integers(17)] + "aeiou"[rng.integers(5)] for _ in range(n_syllables)

@@ -13,11 +13,13 @@ from transformers import CLIPModel
 
 from bunny_lora.runs import atomic_path, write_json
 from bunny_lora.seeding import generator
+from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption
 from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretrain_data import heldout, heldout_seed, hero_images
 from bunny_lora.world.pretrain_reader import accuracy, load_reader, shares_right, single_picture
+from bunny_lora.world.pretrain_sd import made_up_name
 from bunny_lora.world.pretrain_vae import psnr, reconstruct
 
 GUIDANCE_SCALE, N_STEPS = 4.0, 20
@@ -105,27 +107,37 @@ def _measure_names(
     seed: int,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return how like each hero the base model's pictures are, by the hero's name and the regulars'.
+    """Return how like each hero the base model's pictures are, by the hero's name and by others.
 
-    `vectors` are those of `n_each` renders of each hero. Both names get the same scenes and noise.
+    `vectors` are those of `n_each` renders of each hero. All names get the same scenes and noise: the
+    hero's, those of the regulars, and names made up on the spot, which mean a random character.
     """
-    regulars = list(REGULARS.values())
+    luck = attributes.generator(seed, "made-up names", 0)
+    others = {
+        "regulars": list(REGULARS.values()),
+        "made_up": [made_up_name(luck) for _ in range(n_each)],
+    }
     found = {}
     for row, hero in enumerate(HEROES):
         own = vectors[row * n_each : (row + 1) * n_each]
         centre = torch.nn.functional.normalize(own.mean(0), dim=0)
-        by_name = []
-        for names in ([hero], regulars):
+
+        def likeness(
+            names: Sequence[str], row: int = row, centre: torch.Tensor = centre
+        ) -> torch.Tensor:
             prompts = list(_name_prompts(names, n_each, seed))
-            images = _draw_all(pipeline, prompts, seed + 1 + row, report)
-            by_name.append(image_vectors(clip, images) @ centre)
-        gain = by_name[0] - by_name[1]
-        found[hero] = {
-            "likeness_by_own_name": round(float(by_name[0].mean()), 3),
-            "likeness_by_regulars_names": round(float(by_name[1].mean()), 3),
-            "gain_95_percent": round(1.96 * float(gain.std()) / len(gain) ** 0.5, 3),
-            "likeness_of_renders": round(float((own @ centre).mean()), 3),
-        }
+            return image_vectors(clip, _draw_all(pipeline, prompts, seed + 1 + row, report)) @ centre
+
+        by_own = likeness([hero])
+        found[hero] = {"likeness_by_own_name": round(float(by_own.mean()), 3)}
+        for kind, names in others.items():
+            by_others = likeness(names)
+            gain = by_own - by_others
+            found[hero] |= {
+                f"likeness_by_{kind}_names": round(float(by_others.mean()), 3),
+                f"gain_over_{kind}_95_percent": round(1.96 * float(gain.std()) / len(gain) ** 0.5, 3),
+            }
+        found[hero]["likeness_of_renders"] = round(float((own @ centre).mean()), 3)
     report(f"heroes: {found}")
     return found
 

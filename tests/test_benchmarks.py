@@ -1,0 +1,61 @@
+"""The benchmarks run, and what they work out from their measurements adds up."""
+
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import CHECKOUT
+
+COST = CHECKOUT / "benchmarks" / "cost.py"
+
+
+@pytest.fixture(scope="module")
+def cost() -> dict:
+    return runpy.run_path(str(COST))
+
+
+def measured(cost: dict, **changes: float) -> object:
+    pieces = dict.fromkeys(cost["Measured"].__dataclass_fields__, 0)
+    return cost["Measured"](**pieces | changes)
+
+
+def test_a_run_costs_what_its_pieces_cost(cost: dict) -> None:
+    m = measured(cost, load_sec=10, encode_sec=2, micro_batch_sec=3, denoise_sec=1, decode_sec=5)
+    plan = cost["Plan"](n_characters=4)
+    alone = 10 + 65 * 2 + 500 * 4 * 3 + 40 * (25 * 1 + 5)
+    assert cost["run_sec"](m, plan) == alone
+    assert cost["run_sec"](m, plan, 4) == 10 + 65 * 2 + 500 * 3 + 10 * 30
+
+
+def test_machines_take_whole_runs_first_and_share_runs_when_there_are_more_of_them(cost: dict) -> None:
+    m, wall = measured(cost, micro_batch_sec=1), cost["wall_sec"]
+    plan = cost["Plan"](n_characters=1000)  # 250 runs of 2,000 micro-batches
+    assert wall(m, plan, 1) == 250 * 2000
+    assert wall(m, plan, 50) == 5 * 2000
+    few = cost["Plan"](n_characters=10)
+    assert wall(m, few, 3) == 2000
+    assert wall(m, few, 50) == 500, "a run's four micro-batches are shared by four machines"
+    slow = measured(cost, micro_batch_sec=1, reduce_sec=2)
+    assert wall(slow, few, 50) == 1500
+
+
+def test_disk_counts_the_base_model_on_every_machine_that_is_used(cost: dict) -> None:
+    m, disk = measured(cost, base_bytes=1000, run_bytes=10, frame_bytes=1), cost["disk_bytes"]
+    plan = cost["Plan"](n_characters=10)
+    assert disk(m, plan, 1) == 1000 + 3 * 75
+    assert disk(m, plan, 50) == 3 * 1000 + 3 * 75
+
+
+def test_the_cost_is_measured_by_one_command() -> None:
+    command = [sys.executable, str(COST), "--base-model", "random-tiny", "--resolution", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = re.findall(r"^\| (10|100|1,000) \| (\d+) \|", done.stdout, re.MULTILINE)
+    assert rows == [("10", "3"), ("100", "25"), ("1,000", "250")]
+    pieces = dict(re.findall(r"^  (\w+) +([\d.,]+)$", done.stdout, re.MULTILINE))
+    assert pieces.keys() == {"load_sec", "encode_sec", "micro_batch_sec", "denoise_sec", "decode_sec",
+        "reduce_sec", "memory_gb", "base_bytes", "run_bytes", "frame_bytes", "n_trainable"}  # fmt: skip
+    numbers = {name: float(value.replace(",", "")) for name, value in pieces.items()}
+    assert numbers.pop("decode_sec") >= 0  # what is left of a picture without its steps
+    assert all(number > 0 for number in numbers.values()), numbers
