@@ -22,8 +22,9 @@ class LostProcessError(BunnyLoraError):
 
     def __init__(self, reason: object, advice: str = "Start all of them again.") -> None:
         self.reason = reason
-        noticed = str(reason).splitlines()[0]
+        closed = any(word in str(reason) for word in ("closed", "reset"))
+        noticed = "it closed its connections" if closed else "it gives no sign of life"
         super().__init__(
-            f"Another process of this run has ended or cannot be reached ({noticed}). If it had"
+            f"Another process of this run has ended or cannot be reached: {noticed}. If it had"
             f" something to say, it has said it. {advice}"
         )

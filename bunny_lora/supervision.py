@@ -74,7 +74,9 @@ class Supervisor:
                 raise StoppedError(self._where_it_goes_on(), stop.number) from None
             except LostProcessError as lost:
                 self._save_before_stopping()
-                raise LostProcessError(lost.reason, self._where_it_goes_on()) from None
+                if self.writes:
+                    raise LostProcessError(lost.reason, self._where_it_goes_on()) from None
+                raise
 
     def _note(self, record: StepRecord) -> None:
         state, every = self.state, self.training.logging_steps

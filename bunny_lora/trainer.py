@@ -82,6 +82,8 @@ class LoRATrainer:
             BunnyLoraError: no data, no model, impossible settings, or a run folder with another run.
         """
         device = components.resolve_device(self.config.device)
+        # A stand-in is built here: of a group of processes, transformers lets only the first save one.
+        components.resolve_base_model(self.config.base_model)
         with interrupts.watch(), together(device) as self.group, contextlib.ExitStack() as held:
             self._refuse_idle_processes()
             with interrupts.stoppable(), self.group.in_turn():
