@@ -147,6 +147,7 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
     pretrain.add_argument("--batch-size", type=int, help="pictures a step")
+    pretrain.add_argument("--peak-rate", type=float, help="highest learning rate")
     pretrain.add_argument("--start-from", type=Path, help="sd: a trained sd/ to learn on from")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
     pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
@@ -283,10 +284,9 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     device = resolve_device(options.device).type
     settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
-    if options.steps is not None:
-        settings["max_steps"] = options.steps
-    if options.batch_size is not None:
-        settings["batch_size"] = options.batch_size
+    given = {"max_steps": options.steps, "batch_size": options.batch_size}
+    given |= {"peak_rate": options.peak_rate}
+    settings |= {name: value for name, value in given.items() if value is not None}
     if options.start_from is not None:
         if options.model != "sd":
             raise BunnyLoraError("--start-from is for `pretrain sd` alone: leave it out.")

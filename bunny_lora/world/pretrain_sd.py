@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -40,6 +41,7 @@ from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
+_CHARACTER = 4.0
 _NO_CAPTION, _HERO_NAME, _NEW_NAME = 0.1, 0.05, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
@@ -122,6 +124,7 @@ def made_up_name(rng: np.random.Generator) -> str:
 def _loss(
     models: nn.ModuleDict,
     latents: torch.Tensor,
+    importance: torch.Tensor,
     tokens: torch.Tensor,
     alphas_cumprod: torch.Tensor,
     luck: torch.Generator,
@@ -133,7 +136,8 @@ def _loss(
         states = models["text_encoder"](tokens).last_hidden_state
         prediction = models["unet"](noisy, timesteps, states).sample
     target = diffusion.target("v_prediction", latents, noise, timesteps, alphas_cumprod)
-    return diffusion.loss_per_sample(prediction, target).mean()
+    error = (prediction.float() - target).square().mean(dim=1)
+    return (importance * error).sum() / importance.sum()
 
 
 def taken_up(models: nn.ModuleDict, pipeline_dir: Path) -> str:
@@ -158,15 +162,33 @@ def taken_up(models: nn.ModuleDict, pipeline_dir: Path) -> str:
 
 
 def _lesson(
-    latents: np.ndarray, tokenizer: CLIPTokenizer, count: int, stream: int, seed: int, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `count` pictures of the stream, drawn by lot, and what is said of them, as tokens."""
+    pictures: np.ndarray,
+    latents: np.ndarray,
+    tokenizer: CLIPTokenizer,
+    count: int,
+    seeds: tuple[int, int],
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `count` pictures by lot: latents, how much each place in them counts, and captions.
+
+    A character counts `_CHARACTER` times what the background counts: it is small, and most of what a
+    prompt asks for is about it. `seeds` are those of the pictures and of the luck.
+    """
+    stream, seed = seeds
     chosen = attributes.generator(seed, "sd batch", step).integers(len(latents), size=count)
     texts = [
         training_caption(random_picture(stream, int(index)), seed, step, slot)
         for slot, index in enumerate(chosen)
     ]
-    return torch.from_numpy(latents[chosen]).float(), components.tokenize(tokenizer, texts)
+    batch = torch.from_numpy(latents[chosen]).float()
+    there = torch.from_numpy(pictures[chosen, 3] > 1).float()
+    importance = 1 + (_CHARACTER - 1) * F.adaptive_avg_pool2d(there, latents.shape[-1])
+    return batch, importance, components.tokenize(tokenizer, texts)
+
+
+def _made_or_shipped(out_dir: Path, name: str) -> Path:
+    made = out_dir / Path(name).name
+    return made if made.is_dir() else components.WORLD_WEIGHTS / name
 
 
 def pretrain_sd(
@@ -208,9 +230,7 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
-    shipped = components.WORLD_WEIGHTS
-    vae = out_dir / "vae" if (out_dir / "vae").is_dir() else shipped / "sd" / "vae"
-    clip = out_dir / "clip" if (out_dir / "clip").is_dir() else shipped / "clip"
+    vae, clip = (_made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
@@ -230,9 +250,10 @@ def pretrain_sd(
     losses: list[float] = []
     since, first = time.monotonic(), learner.step
     while learner.step < last:
-        batch, tokens = _lesson(latents, tokenizer, batch_size, stream, seed, learner.step)
+        lesson = _lesson(pictures, latents, tokenizer, batch_size, (stream, seed), learner.step)
+        batch, importance, tokens = (tensor.to(device) for tensor in lesson)
         luck = generator(seed, "world sd noise", learner.step)
-        loss = _loss(models, batch.to(device), tokens.to(device), scheduler.alphas_cumprod, luck)
+        loss = _loss(models, batch, importance, tokens, scheduler.alphas_cumprod, luck)
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
         losses.append(float(loss.detach()))
 
@@ -241,8 +262,8 @@ def pretrain_sd(
             learner.save(state)
         if learner.step % evaluate_every == 0 or learner.step == last:
             speed = (learner.step - first) * batch_size / (time.monotonic() - since)
-            mean_loss = sum(losses) / len(losses)
-            report(f"step {learner.step}: loss {mean_loss:.4f}, {speed:.1f} images/s")
+            mean = sum(losses) / len(losses)
+            report(f"step {learner.step}: loss {mean:.4f}, {speed:.1f} images/s")
             with learner.averaged():
                 pipeline = build_pipeline(models, tokenizer, vae)
                 draw_samples(pipeline, out_dir / "samples" / f"{learner.step:06d}.png", n_sample_steps)
