@@ -12,7 +12,7 @@ from typing import Any
 from bunny_lora import __version__, runs
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
 from bunny_lora.interrupts import StoppedError
-from bunny_lora.session import open_config
+from bunny_lora.session import open_config, write_demo_film
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,6 +262,8 @@ def _sweep(options: argparse.Namespace) -> None:
     folder, grid = sweep.read_sweep(options.file)
     todo = [run for run in grid if not run.done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done")
+    if any(run.config.source == "bunny-world" for run in todo):
+        write_demo_film()
     if options.slurm is None:
         failures = sweep.sweep_here(todo)
     else:

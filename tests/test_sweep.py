@@ -48,6 +48,18 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
 
 
+def test_a_sweep_over_the_demo_draws_the_demos_film_first(
+    file: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = project / "params" / "base.yaml"
+    base.write_text(base.read_text().replace("source: pictures", "source: bunny-world"))
+    films = []
+    film = project / "outputs" / "demo" / "film" / "llm_analysis" / "llm_analysis.json"
+    monkeypatch.setattr(sweep, "sweep_here", lambda todo: films.append(film.is_file()) or [])
+    assert cli.main(["sweep", str(file)]) == 0
+    assert films == [True]
+
+
 def test_a_run_that_was_trained_further_is_judged_again(file: Path, project: Path) -> None:
     sweep.sweep_here(sweep.read_sweep(file)[1][:1])
     base = project / "params" / "base.yaml"
