@@ -11,6 +11,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch.utils.data import DataLoader, Dataset
 
+from bunny_lora import components
 from bunny_lora.runs import read_json, write_json
 from bunny_lora.seeding import derive_seed
 from bunny_lora.world.attributes import HEROES, Picture, hero_picture, random_picture
@@ -19,6 +20,12 @@ from bunny_lora.world.renderer import render
 N_PICTURES = 60_000
 _BLOCK = 50
 _SAVE_EVERY = 20
+
+
+def made_or_shipped(out_dir: Path, name: str) -> Path:
+    """Return the folder of a model, "clip" or "sd/vae": made in `out_dir`, or else as shipped."""
+    made = out_dir / Path(name).name
+    return made if made.is_dir() else components.WORLD_WEIGHTS / name
 
 
 def heldout_seed(seed: int) -> int:

@@ -1,24 +1,27 @@
 """Pretrain the reader: a small classifier that says what a picture shows, to hold against the prompt.
 
-It is never shown a caption or a generated picture, so it judges both without favour.
+It is never shown a caption or a generated picture, so it judges both without favour. A third of what
+it learns from are renders as the autoencoder gives them back: whatever the denoiser draws comes out of
+that, and a reader of sharp renders alone takes its softened capes and dresses for something else.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
-from bunny_lora.runs import atomic_path
+from bunny_lora.runs import atomic_path, sha256
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, random_picture
@@ -27,9 +30,12 @@ from bunny_lora.world.pretrain_data import (
     N_PICTURES,
     as_rows,
     drawn_pictures,
+    filled_rows,
     heldout_seed,
+    made_or_shipped,
     to_unit,
 )
+from bunny_lora.world.pretrain_vae import reconstruct
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "species": attributes.SPECIES,
@@ -39,6 +45,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "outfit": attributes.OUTFITS,
 }
 WIDTHS = (32, 64, 128, 192)
+N_RECONSTRUCTED = 4_000
 
 
 class Reader(nn.Module):
@@ -98,10 +105,51 @@ def _blurred(images: torch.Tensor, luck: torch.Generator) -> torch.Tensor:
     return torch.cat([soft, images[half:]])
 
 
+def _lesson(
+    pictures: np.ndarray,
+    softened: np.ndarray,
+    alone: np.ndarray,
+    labels: torch.Tensor,
+    count: int,
+    lot: np.random.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `count` images by lot and truths; the last third as the autoencoder gives them back."""
+    n_soft = count // 3
+    sharp = np.sort(lot.choice(len(alone), size=count - n_soft, replace=False))
+    soft = np.sort(lot.integers(int((alone < len(softened)).sum()), size=n_soft))
+    order = torch.from_numpy(lot.permutation(count - n_soft))
+    images = torch.from_numpy(pictures[alone[sharp], :3])[order]
+    images = torch.cat([images, torch.from_numpy(softened[alone[soft]])])
+    return to_unit(images), torch.cat([labels[sharp][order], labels[soft]])
+
+
+def reconstructed_pictures(
+    out_dir: Path, vae_dir: Path, pictures: np.ndarray, report: Callable[[str], None] = print
+) -> np.ndarray:
+    """Return the first pictures of the stream as the autoencoder gives them back, uint8 [N, 3, H, W].
+
+    They lie memory-mapped in `out_dir/reconstructions.npy`; what is missing there is made.
+    """
+    vae = AutoencoderKL.from_pretrained(vae_dir).eval()
+    n = min(N_RECONSTRUCTED, len(pictures))
+
+    def blocks(first: int) -> Iterable[np.ndarray]:
+        for row in range(first, n, 50):
+            images = torch.from_numpy(pictures[row : min(row + 50, n), :3])
+            yield reconstruct(vae, images).numpy()
+
+    key, shape = {"vae": _vae_sha256(vae_dir)}, (n, 3, *pictures.shape[2:])
+    return filled_rows(out_dir / "reconstructions.npy", key, shape, np.uint8, blocks, report)
+
+
+def _vae_sha256(vae_dir: Path) -> str:
+    return sha256(vae_dir / "diffusion_pytorch_model.safetensors")
+
+
 def pretrain_reader(
     out_dir: Path,
     *,
-    max_steps: int = 2500,
+    max_steps: int = 3300,
     batch_size: int = 48,
     peak_rate: float = 2e-3,
     n_pictures: int = N_PICTURES,
@@ -122,6 +170,7 @@ def pretrain_reader(
             and `reader.safetensors`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to draw; those of one character are learned from.
+            `out_dir/vae`, or the shipped autoencoder, gives some of them back.
         stop_at: stop at this step already, as an interruption would.
         n_heldout: pictures that training never sees, to measure the accuracy on.
         report: receives a line of progress at every evaluation.
@@ -133,6 +182,8 @@ def pretrain_reader(
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
+    vae = made_or_shipped(out_dir, "sd/vae")
+    softened = reconstructed_pictures(out_dir, vae, pictures, report)
     truths = [random_picture(seed, index) for index in range(n_pictures)]
     alone = np.array([i for i, picture in enumerate(truths) if len(picture.characters) == 1])
     labels = torch.tensor([truth(truths[i]) for i in alone])
@@ -141,6 +192,7 @@ def pretrain_reader(
         reader = Reader(widths).to(device)
     settings = {"widths": list(widths), "seed": seed, "batch_size": batch_size, "size": size}
     settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
+    settings |= {"vae": _vae_sha256(vae)}
     learner = Learner(reader, settings, ema_decay=0.99)
     learner.load(out_dir / "reader_state.safetensors")
     last = min(max_steps, stop_at or max_steps)
@@ -148,13 +200,14 @@ def pretrain_reader(
     while learner.step < last:
         reader.train()
         lot = attributes.generator(seed, "reader batch", learner.step)
-        chosen = np.sort(lot.choice(len(alone), size=batch_size, replace=False))
-        order = torch.from_numpy(lot.permutation(batch_size))
-        images = to_unit(torch.from_numpy(pictures[alone[chosen], :3]))[order]
-        images = _blurred(images, generator(seed, "world reader blur", learner.step))
+        images, right = _lesson(pictures, softened, alone, labels, batch_size, lot)
+        if learner.step < 0.75 * max_steps:  # The last quarter is for what only a sharp eye tells.
+            n_renders = batch_size - batch_size // 3
+            luck = generator(seed, "world reader blur", learner.step)
+            images[:n_renders] = _blurred(images[:n_renders], luck)
+        right = right.to(device)
         with torch.autocast(device, torch.bfloat16):
             answers = reader(images.to(device))
-        right = labels[chosen][order].to(device)
         losses = [
             F.cross_entropy(answers[name].float(), right[:, column])
             for column, name in enumerate(QUESTIONS)
@@ -191,10 +244,17 @@ def _settle(reader: Reader, pictures: np.ndarray, alone: np.ndarray) -> None:
     reader.eval()
 
 
-def accuracy(reader: Reader, seed: int, size: int, n: int) -> dict[str, float]:
-    """Return the share of right answers to each question on `n` pictures that training never sees."""
+def accuracy(
+    reader: Reader, seed: int, size: int, n: int, vae: AutoencoderKL | None = None
+) -> dict[str, float]:
+    """Return the share of right answers to each question on `n` pictures that training never sees.
+
+    With an autoencoder, as it gives them back: no denoiser that draws through it could be read better.
+    """
     unseen = [single_picture(heldout_seed(seed), index) for index in range(n)]
     images = torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in unseen]))
+    if vae is not None:
+        images = reconstruct(vae, images)
     return shares_right(reader.read(images), unseen)
 
 

@@ -36,7 +36,7 @@ from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.learner import Learner, learning_rate
-from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures
+from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import build_tokenizer
 
@@ -186,11 +186,6 @@ def _lesson(
     return batch, importance, components.tokenize(tokenizer, texts)
 
 
-def _made_or_shipped(out_dir: Path, name: str) -> Path:
-    made = out_dir / Path(name).name
-    return made if made.is_dir() else components.WORLD_WEIGHTS / name
-
-
 def pretrain_sd(
     out_dir: Path,
     *,
@@ -230,7 +225,7 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     state = out_dir / "sd_state.safetensors"
-    vae, clip = (_made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
+    vae, clip = (made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )

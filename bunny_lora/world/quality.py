@@ -74,6 +74,7 @@ def measure(
         "num_inference_steps": N_STEPS,
         "follows_the_prompt": shares_right(reader.read(images), asked),
         "reader_on_renders": accuracy(reader, seed, size, n_heldout),
+        "reader_on_reconstructions": accuracy(reader, seed, size, n_heldout // 4, pipeline.vae),
     }
     report(f"base model: {found['base_model']}")
     save_sheet(images[:48], out_dir / "samples.png", n_columns=12)
@@ -114,8 +115,8 @@ def _measure_names(
     """
     luck = attributes.generator(seed, "made-up names", 0)
     others = {
-        "regulars": list(REGULARS.values()),
         "made_up": [made_up_name(luck) for _ in range(n_each)],
+        "regulars": list(REGULARS.values()),
     }
     found = {}
     for row, hero in enumerate(HEROES):
