@@ -140,7 +140,8 @@ def sweep_on_cluster(
         One line for every run that failed.
 
     Raises:
-        BunnyLoraError: submitit is not installed, there is no SLURM here, or an unknown option.
+        BunnyLoraError: submitit is not installed, there is no SLURM here, it takes no jobs, or it does
+            not know an option.
     """
     try:
         import submitit
@@ -155,8 +156,11 @@ def sweep_on_cluster(
         executor.update_parameters(name="bunny_lora", **options)
     except (NameError, RuntimeError, TypeError, ValueError) as error:
         raise BunnyLoraError(f"The cluster cannot be used: {error}") from error
-    with executor.batch():
-        jobs = [executor.submit(work, run.config) for run in todo]
+    try:
+        with executor.batch():
+            jobs = [executor.submit(work, run.config) for run in todo]
+    except submitit.core.utils.FailedJobError as error:
+        raise BunnyLoraError(f"The cluster took no jobs: {str(error).strip()}") from error
     failures = []
     for run, job in zip(todo, jobs, strict=True):
         if (failure := job.exception()) is not None:

@@ -91,11 +91,24 @@ def test_jobs_of_a_cluster_do_the_same(file: Path, project: Path) -> None:
     assert len(sweep.leaderboard(folder, grid)) == 2 and all(run.done for run in grid)
 
 
-def test_without_a_cluster_it_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_cluster_it_says_so(
+    file: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("submitit")
-    assert cli.main(["sweep", str(file), "--slurm", "timeout_min=5"]) != 0
+    commands = project / "commands"
+    commands.mkdir()
+    monkeypatch.setenv("PATH", str(commands))
+    assert cli.main(["sweep", str(file), "--slurm", "timeout_min=5"]) == 2
     told = capsys.readouterr().err
     assert "srun" in told and "Traceback" not in told
+
+    for name in ("srun", "sbatch"):  # of a cluster whose controller is away
+        (commands / name).write_text(
+            "#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n"
+        )
+        (commands / name).chmod(0o755)
+    assert cli.main(["sweep", str(file), "--slurm", "timeout_min=5"]) == 2
+    assert "took no jobs: Unable to contact slurm controller" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
