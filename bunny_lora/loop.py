@@ -52,7 +52,7 @@ def training_loop(
     """
     training = learner.config.training
     images_per_step = training.batch_size * training.gradient_accumulation_steps
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
 
     for step in range(start_step + 1, training.max_train_steps + 1):
         started = time.perf_counter()

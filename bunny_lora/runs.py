@@ -107,7 +107,8 @@ def n_processes() -> int:
 
 def is_main_process() -> bool:
     """Whether this is, of those, the one that writes and talks."""
-    return not _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    rank = _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return rank == 0 or n_processes() == 1
 
 
 def _launched(*names: str) -> int:

@@ -282,3 +282,10 @@ def test_shares_are_fair_and_leave_nothing_out() -> None:
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
     assert list(Processes().share(items, str)) == [(i, str(i)) for i in items]
     assert json.dumps(Processes().gathered({"a": 1})) == '[{"a": 1}]'
+
+
+def test_a_rank_without_company_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert runs.is_main_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not runs.is_main_process()
