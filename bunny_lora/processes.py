@@ -162,17 +162,20 @@ def together(device: torch.device) -> Iterator[Processes]:
 @contextlib.contextmanager
 def _pulse(group: Processes) -> Iterator[None]:
     """Exchange a sign of life every few seconds, in a thread; end it when all have come to the end."""
-    done, gone = threading.Event(), threading.Event()
+    over, failed = threading.Event(), False
     line = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_AFTER_SEC))
 
     def beat() -> None:
         try:
-            while not gone.is_set():
-                n_done = torch.tensor([float(done.is_set())])
+            while True:
+                is_done = over.is_set()
+                if failed:  # The others must not take a pulse for work.
+                    return
+                n_done = torch.tensor([float(is_done)])
                 dist.all_reduce(n_done, group=line)
                 if n_done.item() == group.count:
                     return
-                done.wait(PULSE_SEC)
+                over.wait(PULSE_SEC)
         except RuntimeError as error:
             group.lost = error
 
@@ -181,10 +184,11 @@ def _pulse(group: Processes) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        gone.set()  # The others must not take a pulse for work.
+        failed = True
         raise
-    done.set()
-    thread.join()
+    finally:
+        over.set()
+        thread.join()  # A thread inside gloo when Python ends would abort the process.
     group.check()
 
 
