@@ -148,7 +148,7 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
     pretrain.add_argument("--batch-size", type=int, help="pictures a step")
     pretrain.add_argument("--peak-rate", type=float, help="highest learning rate")
-    pretrain.add_argument("--start-from", type=Path, help="sd: a trained sd/ to learn on from")
+    pretrain.add_argument("--start-from", type=Path, help="trained sd/ or vae/ to learn on from")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
     pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
@@ -290,8 +290,8 @@ def _pretrain(options: argparse.Namespace) -> None:
     given |= {"peak_rate": options.peak_rate}
     settings |= {name: value for name, value in given.items() if value is not None}
     if options.start_from is not None:
-        if options.model != "sd":
-            raise BunnyLoraError("--start-from is for `pretrain sd` alone: leave it out.")
+        if options.model not in ("vae", "sd"):
+            raise BunnyLoraError("--start-from is for `pretrain vae` and `pretrain sd`: leave it out.")
         settings["start_from"] = options.start_from
     models: dict[str, Callable[..., Path]]
     models = {"vae": pretrain_vae, "sd": pretrain_sd, "clip": pretrain_clip, "reader": pretrain_reader}

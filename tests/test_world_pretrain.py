@@ -223,9 +223,25 @@ def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir):
         pretrain_sd(tmp_path / "third", **(options | {"channels": (32, 32, 64)}))
 
 
-def test_only_the_denoiser_can_start_from_an_earlier_one(tmp_path, capsys):
+def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path):
+    trained = pretrain_vae(tmp_path / "first", **TINY_VAE)
+    options = TINY_VAE | {"start_from": trained}
+    pretrain_vae(tmp_path / "parts", **options, stop_at=2)
+    folders = [trained, *(pretrain_vae(tmp_path / name, **options) for name in ("parts", "whole"))]
+    first, parts, whole = (load_file(f / "diffusion_pytorch_model.safetensors") for f in folders)
+    assert same(parts, whole)
+    for name, weight in first.items():
+        is_kept = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(weight, whole[name]) == is_kept, name
+    with pytest.raises(BunnyLoraError, match="another shape"):
+        pretrain_vae(tmp_path / "third", **(options | {"channels": (16, 8, 8, 8)}))
+
+
+def test_what_cannot_be_started_from_is_refused_in_words(tmp_path, capsys):
     from bunny_lora.cli import main
 
-    command = ["world", "pretrain", "vae", "--out", str(tmp_path), "--start-from", str(tmp_path)]
+    command = ["world", "pretrain", "clip", "--out", str(tmp_path), "--start-from", str(tmp_path)]
     assert main(command) == 2
     assert "pretrain sd" in capsys.readouterr().err
+    with pytest.raises(BunnyLoraError, match="There is no AutoencoderKL in"):
+        pretrain_vae(tmp_path, **TINY_VAE, start_from=tmp_path)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.runs import atomic_path
+from bunny_lora.runs import atomic_path, sha256
 
 
 def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int = 200) -> float:
@@ -22,6 +22,28 @@ def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int =
     warm = (step + 1) / warmup_steps
     cool = (max_steps - step) / max(1, max_steps * 2 // 3)
     return peak * min(1.0, warm, cool)
+
+
+def take_up(model: Any, folder: Path) -> str:
+    """Fill a model of diffusers or transformers with the weights in `folder`; return a hash of them.
+
+    Raises:
+        BunnyLoraError: there is no such model, or it is of another shape.
+    """
+    known = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    try:
+        weights = type(model).from_pretrained(folder, local_files_only=True).state_dict()
+    except OSError as error:
+        raise BunnyLoraError(
+            f"There is no {type(model).__name__} in {folder} to start from."
+        ) from error
+    if known != {key: tensor.shape for key, tensor in weights.items()}:
+        raise BunnyLoraError(
+            f"{folder} is of another shape than the model to train: start from a folder that"
+            " `bunny-lora world pretrain` wrote with the same settings."
+        )
+    model.load_state_dict(weights)
+    return "".join(sha256(file) for file in sorted(folder.glob("*.safetensors")))
 
 
 class Learner:

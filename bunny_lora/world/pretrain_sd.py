@@ -29,13 +29,12 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora import components, diffusion
-from bunny_lora.errors import BunnyLoraError
 from bunny_lora.runs import atomic_path, read_json, sha256, write_json
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
-from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.learner import Learner, learning_rate, take_up
 from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretrain_latents import encoded_pictures
 from bunny_lora.world.tokenizer import build_tokenizer
@@ -140,27 +139,6 @@ def _loss(
     return (importance * error).sum() / importance.sum()
 
 
-def taken_up(models: nn.ModuleDict, pipeline_dir: Path) -> str:
-    """Fill in the weights of a pipeline in diffusers' format and return a hash of them.
-
-    Raises:
-        BunnyLoraError: its models are of another shape.
-    """
-    trained = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
-    digest = ""
-    for name, kind in trained.items():
-        weights = kind.from_pretrained(pipeline_dir / name, dtype=torch.float32).state_dict()
-        known = {key: tensor.shape for key, tensor in models[name].state_dict().items()}
-        if known != {key: tensor.shape for key, tensor in weights.items()}:
-            raise BunnyLoraError(
-                f"{pipeline_dir / name} is of another shape than the model to train: start from a"
-                " folder that `bunny-lora world pretrain sd` wrote with the same settings."
-            )
-        models[name].load_state_dict(weights)
-        digest += "".join(sha256(file) for file in sorted((pipeline_dir / name).glob("*.safetensors")))
-    return digest
-
-
 def _lesson(
     pictures: np.ndarray,
     latents: np.ndarray,
@@ -237,7 +215,8 @@ def pretrain_sd(
     settings |= {"max_steps": max_steps, "peak_rate": peak_rate}
     stream = seed
     if start_from is not None:
-        settings["start_from"] = origin = taken_up(models, start_from)
+        origin = "".join(take_up(model, start_from / name) for name, model in models.items())
+        settings["start_from"] = origin
         seed = derive_seed(seed, f"world sd from {origin}")
     learner = Learner(models.to(device).train(), settings)
     learner.load(state)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from bunny_lora import components
 from bunny_lora.runs import atomic_path
 from bunny_lora.seeding import derive_seed, generator
 from bunny_lora.world import attributes
-from bunny_lora.world.learner import Learner, learning_rate
+from bunny_lora.world.learner import Learner, learning_rate, take_up
 from bunny_lora.world.pretrain_data import (
     N_PICTURES,
     drawn_pictures,
@@ -98,6 +100,7 @@ def pretrain_vae(
     seed: int = 0,
     device: str = "cpu",
     n_workers: int = 0,
+    start_from: Path | None = None,
     stop_at: int | None = None,
     evaluate_every: int = 500,
     save_every: int = 250,
@@ -113,11 +116,14 @@ def pretrain_vae(
         batch_size: whole pictures a step, or as much in squares of half the side.
         n_pictures: pictures of the random stream to draw and learn from.
         n_workers: processes that draw pictures.
+        start_from: an autoencoder that an earlier training left, whose decoder is to learn on, from
+            other pictures. Its encoder stays, and so do the latents that denoisers have learned from.
         n_heldout: pictures to measure the quality on, and as many of heroes.
         report: receives a line of progress at every evaluation.
 
     Raises:
-        BunnyLoraError: the state in `out_dir` was made under other settings.
+        BunnyLoraError: the state in `out_dir` was made under other settings, or `start_from` is of
+            another shape.
     """
     out_dir = Path(out_dir)
     state = out_dir / "vae_state.safetensors"
@@ -125,21 +131,26 @@ def pretrain_vae(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
     vae = build_vae(size, channels, seed).to(device)
-    settings = {"size": size, "channels": list(channels), "seed": seed, "batch_size": batch_size}
-    settings["n_pictures"] = n_pictures
-    learner = Learner(vae, settings | {"max_steps": max_steps, "peak_rate": peak_rate})
+    settings: dict[str, Any] = {"size": size, "channels": list(channels), "n_pictures": n_pictures}
+    settings |= {"seed": seed, "batch_size": batch_size, "peak_rate": peak_rate, "max_steps": max_steps}
+    own_seed, n_in_squares = seed, 0.8 * max_steps
+    if start_from is not None:
+        settings["start_from"] = origin = take_up(vae, start_from)
+        own_seed, n_in_squares = derive_seed(seed, f"world vae from {origin}"), 0
+        nn.ModuleList([vae.encoder, vae.quant_conv]).requires_grad_(False)
+    learner = Learner(vae, settings)
     learner.load(state)
     last = min(max_steps, stop_at or max_steps)
     losses: list[float] = []
     since, first = time.monotonic(), learner.step
     while learner.step < last:
         # squares teach more a second than whole pictures, which come last and set the statistics right
-        n_squares = 1 if learner.step > 0.8 * max_steps else 2
-        luck = attributes.generator(seed, "vae batch", learner.step)
+        n_squares = 2 if learner.step <= n_in_squares else 1
+        luck = attributes.generator(own_seed, "vae batch", learner.step)
         rows = crops(pictures, size // n_squares, batch_size * n_squares**2, luck)
         if learner.step >= max_steps // 4:
             rows = recoloured(rows, luck)
-        loss = _loss(vae, rows.to(device), generator(seed, "world vae noise", learner.step))
+        loss = _loss(vae, rows.to(device), generator(own_seed, "world vae noise", learner.step))
         learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
         losses.append(float(loss.detach()))
 
@@ -153,8 +164,8 @@ def pretrain_vae(
                 heroes = hero_images(seed, size, n_heldout // 4)
                 quality = f"PSNR {psnr(vae, unseen):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
                 export_vae(vae, out_dir / "vae", unseen)
-            mean_loss = sum(losses) / len(losses)
-            report(f"step {learner.step}: loss {mean_loss:.4f}, {quality}, {speed:.1f} images/s")
+            mean = sum(losses) / len(losses)
+            report(f"step {learner.step}: loss {mean:.4f}, {quality}, {speed:.1f} images/s")
             losses, since, first = [], time.monotonic(), learner.step
     return out_dir / "vae"
 
