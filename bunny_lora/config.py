@@ -170,6 +170,8 @@ class Config(Section):
     random_flip: bool = False
     # A picture of one character whose face was found is shown from near as often as whole.
     zoom_on_faces: bool = False
+    # Show pictures of rare characters as often as it takes for all to be seen about equally often.
+    balance_characters: bool = False
     num_workers: int = Field(0, ge=0, le=256)
     pin_memory: bool = False
     use_8bit_adam: bool = False

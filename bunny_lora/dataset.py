@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -279,6 +280,17 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             raise BunnyLoraError(f"Could not read {path}: {error}. Prepare the data again.") from error
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def repeats(self) -> list[int]:
+        """Return how often to show each picture, so that every character is seen about as often.
+
+        Who is in most pictures sets the measure; a picture counts for the rarest of those in it.
+        """
+        counts = Counter(name for names in self.characters for name in names)
+        most = max(counts.values(), default=1)
+        return [
+            max((round(most / counts[name]) for name in names), default=1) for names in self.characters
+        ]
 
     def can_zoom(self, index: int) -> bool:
         """Whether it is clear who would be seen from near: one name in the picture, and one face."""

@@ -61,7 +61,8 @@ class EncodedView:
 class EncodedImages:
     """A data set as latent distributions, each image in one or several views, with its captions.
 
-    `stream` names the random numbers, so that training and class images do not share theirs.
+    `stream` names the random numbers, so that training and class images do not share theirs; `repeats`
+    says how often each image comes in an epoch, None: once.
     """
 
     views: list[list[EncodedView]]
@@ -69,12 +70,15 @@ class EncodedImages:
     latent_size: int
     stream: str
     tag_dropout: float = 0.0
+    repeats: list[int] | None = None
 
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
+        repeats = self.repeats or [1] * len(self.captions)
+        epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
         drawn = [
-            self._draw(seed, position + offset, index, num_train_timesteps)
-            for offset, index in enumerate(sample_indices(seed, len(self.captions), position, count))
+            self._draw(seed, position + offset, epoch[place], num_train_timesteps)
+            for offset, place in enumerate(sample_indices(seed, len(epoch), position, count))
         ]
         latents, noise, timesteps, captions = zip(*drawn, strict=True)
         return Batch(torch.stack(latents), torch.stack(noise), torch.stack(timesteps), list(captions))
@@ -93,13 +97,19 @@ class EncodedImages:
     def _crop(
         self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
     ) -> torch.Tensor:
-        """Cut a random square out of latents of a whole frame, around a face if there are any."""
+        """Cut a random square out of latents of a whole frame: around all faces, or else around one.
+
+        A caption that names two and a square that shows one would teach that either name will do.
+        """
         height, width = latents.shape[1:]
-        face = [0.0, 0.0, width, height]
+        x1, y1, x2, y2 = 0.0, 0.0, float(width), float(height)
         if faces:
-            face = faces[int(torch.randint(len(faces), (), generator=random))]
-        top = self._offset(face[1], face[3], height, random)
-        left = self._offset(face[0], face[2], width, random)
+            lefts, tops, rights, bottoms = zip(*faces, strict=True)
+            x1, y1, x2, y2 = min(lefts), min(tops), max(rights), max(bottoms)
+            if max(math.ceil(x2) - math.floor(x1), math.ceil(y2) - math.floor(y1)) > self.latent_size:
+                x1, y1, x2, y2 = faces[int(torch.randint(len(faces), (), generator=random))]
+        top = self._offset(y1, y2, height, random)
+        left = self._offset(x1, x2, width, random)
         return latents[:, top : top + self.latent_size, left : left + self.latent_size]
 
     def _offset(self, low: float, high: float, length: int, random: torch.Generator) -> int:
@@ -139,6 +149,7 @@ def encode_dataset(
     random_flip: bool = False,
     zoom_on_faces: bool = False,
     tag_dropout: float = 0.0,
+    repeats: list[int] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
     stream: str = "training",
@@ -155,6 +166,7 @@ def encode_dataset(
         tag_dropout: share of a caption's parts, between commas, left out at random but for the first.
         num_workers: processes that decode images, as in torch's `DataLoader`.
         pin_memory: as in torch's `DataLoader`; speeds up copies to a GPU.
+        repeats: how often each image comes in an epoch.
         stream: names the random numbers that samples are drawn with.
     """
     views = [
@@ -178,7 +190,7 @@ def encode_dataset(
     for i, view in enumerate(views):
         moments = tensors[f"{i:06d}"]
         encoded[view.index].append(EncodedView(moments, _faces_in(view, images, moments)))
-    return EncodedImages(encoded, list(captions), images.resolution // 8, stream, tag_dropout)
+    return EncodedImages(encoded, list(captions), images.resolution // 8, stream, tag_dropout, repeats)
 
 
 def _faces_in(view: View, images: ImageDataset, moments: torch.Tensor) -> list[list[float]]:

@@ -256,6 +256,7 @@ class LoRATrainer:
             random_flip=config.random_flip,
             zoom_on_faces=config.zoom_on_faces,
             tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+            repeats=images.repeats() if config.balance_characters and stream == "training" else None,
             num_workers=config.num_workers,
             pin_memory=config.pin_memory,
             stream=stream,

@@ -1,5 +1,6 @@
 """Latents: encoded once, cached by everything that matters, drawn by position."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,14 +163,18 @@ def names(folder: Path) -> list[str]:
     ]
 
 
-def test_a_square_of_a_frame_holds_one_of_its_faces(vae: AutoencoderKL, folder: Path) -> None:
-    """Latents are 7 x 4, squares 4 x 4: a face on the right side leaves the two places on the right."""
-    right, both = names(folder)[:2]
+def test_a_square_of_a_frame_holds_all_faces_or_one(vae: AutoencoderKL, folder: Path) -> None:
+    """Latents are 7 x 4, squares 4 x 4: what is at the left and right edges does not fit in one."""
+    right, both, near = names(folder)[:3]
     at_right, at_left = [75.0, 10.0, 85.0, 20.0], [2.0, 10.0, 12.0, 20.0]
-    know(folder, **{right: (["ellie"], [at_right]), both: ([], [at_right, at_left])})
+    in_third, in_fifth = [30.0, 10.0, 40.0, 20.0], [60.0, 30.0, 66.0, 40.0]
+    know(folder, **{
+        right: (["ellie"], [at_right]), both: ([], [at_right, at_left]),
+        near: ([], [in_fifth, in_third]),
+    })  # fmt: skip
     for mirrored in (False, True):
         encoded = without_noise(encode(vae, folder, center_crop=False, random_flip=mirrored))
-        for index, places in ((0, {3}), (1, {0, 3})):
+        for index, places in ((0, {3}), (1, {0, 3}), (2, {1, 2})):
             view = encoded.views[index][int(mirrored)]
             drawn = {
                 encoded._crop(view.moments[0], view.faces, luck(i)).numpy().tobytes() for i in range(40)
@@ -201,6 +206,26 @@ def test_zooming_shows_the_only_face_from_near(vae: AutoencoderKL, folder: Path)
     torch.testing.assert_close(encoded.views[0][1].moments[0], expected, rtol=1e-4, atol=1e-4)
     plain = encode(vae, folder, center_crop=False)
     assert [len(views) for views in plain.views] == [1] * N_IMAGES
+
+
+def test_pictures_come_as_often_as_they_repeat(vae: AutoencoderKL, folder: Path) -> None:
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    captions = [str(index) for index in range(N_IMAGES)]
+    repeats = [3, 1, 2, 1, 1]
+    encoded = latents.encode_dataset(vae, images, captions, folder.parent / "cache", repeats=repeats)
+    for epoch in range(2):
+        seen = Counter(encoded.batch(0, 8 * epoch, 8, 1000).captions)
+        assert [seen[caption] for caption in captions] == repeats
+    assert seen == Counter(encoded.batch(0, 8, 8, 1000).captions)
+
+
+def test_who_is_rare_is_shown_more_often(folder: Path) -> None:
+    who = [["ellie"], ["ellie", "phil"], ["ellie"], [], ["ellie", "rex"]]
+    know(folder, **{name: (seen, []) for name, seen in zip(names(folder), who, strict=True)})
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    assert images.repeats() == [1, 4, 1, 1, 4]
+    images.characters = [()] * N_IMAGES
+    assert images.repeats() == [1] * N_IMAGES
 
 
 def test_parts_of_captions_are_left_out_but_never_the_first(vae: AutoencoderKL, folder: Path) -> None:

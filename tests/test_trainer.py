@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from bunny_lora import adapters, banner, components, formats, report, runs
 from bunny_lora.config import load_config
+from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.trainer import LoRATrainer
@@ -341,6 +342,18 @@ def test_what_a_run_started_from_is_part_of_it(tiny_model: str, data: Path) -> N
         train(tiny_model, output_dir="on")
     with pytest.raises(BunnyLoraError, match="nowhere"):
         train(tiny_model, output_dir="other", lora={"start_from": "nowhere"})
+
+
+def test_balancing_characters_changes_which_pictures_come(tiny_model: str, data: Path) -> None:
+    frames = sorted(data.glob("*.png"))
+    rare = [
+        {"file_name": f.name, "characters": ["rex"] if f == frames[0] else ["ellie"]} for f in frames
+    ]
+    runs.write_json(data.parent / SUMMARY, {"schema_version": SCHEMA_VERSION, "images": rare})
+    few = {"max_train_steps": 1}
+    plain = train(tiny_model, output_dir="plain", training=few)
+    balanced = train(tiny_model, output_dir="balanced", balance_characters=True, training=few)
+    assert log_of(plain)[0]["loss"] != log_of(balanced)[0]["loss"]
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
