@@ -225,6 +225,8 @@ def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir):
 
 def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path):
     trained = pretrain_vae(tmp_path / "first", **TINY_VAE)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"scaling_factor": 9.0}))
     options = TINY_VAE | {"start_from": trained}
     pretrain_vae(tmp_path / "parts", **options, stop_at=2)
     folders = [trained, *(pretrain_vae(tmp_path / name, **options) for name in ("parts", "whole"))]
@@ -233,6 +235,8 @@ def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path):
     for name, weight in first.items():
         is_kept = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(weight, whole[name]) == is_kept, name
+    configs = [(folder / "config.json").read_text() for folder in folders]
+    assert [json.loads(text)["scaling_factor"] for text in configs[1:]] == [9.0, 9.0]
     with pytest.raises(BunnyLoraError, match="another shape"):
         pretrain_vae(tmp_path / "third", **(options | {"channels": (16, 8, 8, 8)}))
 

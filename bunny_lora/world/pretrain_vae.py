@@ -88,6 +88,14 @@ def _loss(vae: AutoencoderKL, rows: torch.Tensor, noise: torch.Generator) -> tor
     return error + _KL_WEIGHT * kl
 
 
+def _take_up_decoder(vae: AutoencoderKL, folder: Path) -> str:
+    """Fill in an earlier training's weights, all but the decoder to stay; return a hash of them."""
+    digest = take_up(vae, folder)
+    nn.ModuleList([vae.encoder, vae.quant_conv]).requires_grad_(False)
+    vae.register_to_config(scaling_factor=AutoencoderKL.load_config(folder)["scaling_factor"])
+    return digest
+
+
 def pretrain_vae(
     out_dir: Path,
     *,
@@ -135,9 +143,8 @@ def pretrain_vae(
     settings |= {"seed": seed, "batch_size": batch_size, "peak_rate": peak_rate, "max_steps": max_steps}
     own_seed, n_in_squares = seed, 0.8 * max_steps
     if start_from is not None:
-        settings["start_from"] = origin = take_up(vae, start_from)
+        settings["start_from"] = origin = _take_up_decoder(vae, start_from)
         own_seed, n_in_squares = derive_seed(seed, f"world vae from {origin}"), 0
-        nn.ModuleList([vae.encoder, vae.quant_conv]).requires_grad_(False)
     learner = Learner(vae, settings)
     learner.load(state)
     last = min(max_steps, stop_at or max_steps)
@@ -189,9 +196,13 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 @torch.no_grad()
 def export_vae(vae: AutoencoderKL, folder: Path, images: torch.Tensor) -> None:
-    """Write the autoencoder in diffusers' format, its scaling factor measured on uint8 `images`."""
-    pictures = to_unit(images, str(vae.device)).split(16)
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures])
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    """Write the autoencoder in diffusers' format.
+
+    Its scaling factor is measured on uint8 `images`, unless its encoder is not in training.
+    """
+    if vae.encoder.conv_in.weight.requires_grad:
+        pictures = to_unit(images, str(vae.device)).split(16)
+        latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures])
+        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     with atomic_path(folder) as part:
         components.save_model(vae, part)
