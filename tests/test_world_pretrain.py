@@ -223,15 +223,21 @@ def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir):
         pretrain_sd(tmp_path / "third", **(options | {"channels": (32, 32, 64)}))
 
 
-def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path):
+def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path, monkeypatch):
     trained = pretrain_vae(tmp_path / "first", **TINY_VAE)
     config = json.loads((trained / "config.json").read_text())
     (trained / "config.json").write_text(json.dumps(config | {"scaling_factor": 9.0}))
     options = TINY_VAE | {"start_from": trained}
+    sides = []
+    monkeypatch.setattr(
+        "bunny_lora.world.pretrain_vae.crops",
+        lambda rows, side, *rest: sides.append(side) or crops(rows, side, *rest),
+    )
     pretrain_vae(tmp_path / "parts", **options, stop_at=2)
     folders = [trained, *(pretrain_vae(tmp_path / name, **options) for name in ("parts", "whole"))]
     first, parts, whole = (load_file(f / "diffusion_pytorch_model.safetensors") for f in folders)
     assert same(parts, whole)
+    assert set(sides) == {TINY_VAE["size"]}, "whole pictures alone"
     for name, weight in first.items():
         is_kept = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(weight, whole[name]) == is_kept, name

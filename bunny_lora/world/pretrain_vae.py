@@ -152,7 +152,7 @@ def pretrain_vae(
     since, first = time.monotonic(), learner.step
     while learner.step < last:
         # squares teach more a second than whole pictures, which come last and set the statistics right
-        n_squares = 2 if learner.step <= n_in_squares else 1
+        n_squares = 2 if learner.step < n_in_squares else 1
         luck = attributes.generator(own_seed, "vae batch", learner.step)
         rows = crops(pictures, size // n_squares, batch_size * n_squares**2, luck)
         if learner.step >= max_steps // 4:
