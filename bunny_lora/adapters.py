@@ -28,9 +28,9 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import LoRA, Module, peft_config
 from bunny_lora.seeding import derive_seed
 
-# CLIP names its projections differently from the UNet, so `lora.target_modules` cannot serve both.
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 PARTS = ("unet", "text_encoder")
+# CLIP names its layers differently from the UNet, so one list cannot serve both.
+_TARGETS = {"unet": "target_modules", "text_encoder": "text_encoder_target_modules"}
 
 __all__ = [
     "adapter_digest",
@@ -59,9 +59,9 @@ def attach(
         seed: of the run; A is drawn from it.
 
     Raises:
-        BunnyLoraError: no module of the model matches `lora.target_modules`.
+        BunnyLoraError: no module of the model matches its target modules.
     """
-    targets = lora.target_modules if part == "unet" else TEXT_ENCODER_TARGETS
+    targets = getattr(lora, _TARGETS[part])
     lora_config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
@@ -72,7 +72,7 @@ def attach(
             peft_model = get_peft_model(model, lora_config)
         except ValueError as error:
             raise BunnyLoraError(
-                f"lora.target_modules {targets} do not fit the {part}: {error}"
+                f"lora.{_TARGETS[part]} {targets} do not fit the {part}: {error}"
             ) from None
     lora_config.base_model_name_or_path = base_model
     for parameter in trainable_parameters(model).values():
@@ -161,7 +161,7 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             prefix = f"base_model.model.{name}"
             if f"{prefix}.lora_A.weight" not in state:
                 raise BunnyLoraError(
-                    f"lora.start_from holds a LoRA of {name} ({part}), which lora.target_modules leaves"
+                    f"lora.start_from holds a LoRA of {name}, which lora.{_TARGETS[part]} leaves"
                     f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
                 )
             if module.rank > config.r:

@@ -80,6 +80,9 @@ class LoRASection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
     train_text_encoder: bool = False
+    text_encoder_target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1
+    )
     # A LoRA to begin with instead of none, in any format that `generate` draws with.
     start_from: Recorded | None = None
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from bunny_lora import adapters, components
 from bunny_lora.config import LoRASection
@@ -83,9 +84,19 @@ def test_rank_alpha_and_targets_are_the_configured_ones(tiny_model: str) -> None
     assert layer.scaling["default"] == 3.0
 
 
-def test_targets_that_match_nothing_are_refused(tiny_model: str) -> None:
-    with pytest.raises(BunnyLoraError, match=r"lora.target_modules \['to_x'\] do not fit the unet"):
-        attached(tiny_unet(tiny_model), target_modules=["to_x"])
+def test_the_text_encoder_has_targets_of_its_own(tiny_model: str) -> None:
+    text_encoder = CLIPTextModel.from_pretrained(tiny_model, subfolder="text_encoder")
+    attached(text_encoder, "text_encoder", text_encoder_target_modules=["v_proj", "fc1"])
+    layers = {name.split(".")[-4] for name in adapters.trainable_parameters(text_encoder)}
+    assert layers == {"v_proj", "fc1"}
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("unet", "target_modules"), ("text_encoder", "text_encoder_target_modules")]
+)
+def test_targets_that_match_nothing_are_refused(part: str, key: str, tiny_model: str) -> None:
+    with pytest.raises(BunnyLoraError, match=rf"lora.{key} \['to_x'\] do not fit the {part}"):
+        attached(tiny_unet(tiny_model), part, **{key: ["to_x"]})
 
 
 def test_peft_itself_loads_what_we_save(trained: tuple, tiny_model: str) -> None:
