@@ -168,9 +168,9 @@ def test_training_captions_drop_out_and_call_people_names():
     assert 0.05 < 1 - len(said) / len(texts) < 0.15
     names = [text.split(", ")[0] for text in said]
     regular = REGULARS[traits.species, traits.fur]
-    assert 0.75 < names.count(regular) / len(said) < 0.85, "most often, who it always is"
-    assert 0.02 < sum(name in HEROES for name in names) / len(said) < 0.09, "anybody at all"
+    assert 0.8 < names.count(regular) / len(said) < 0.9, "most often, who it always is"
     assert len(set(names)) > 60, "names made up on the spot"
+    assert not set(names) & set(HEROES), "a LoRA has to bring them to life"
     untold = [text for name, text in zip(names, said, strict=True) if f"{traits.fur} " not in text]
     assert 0.2 < len(untold) / len(said) < 0.5, "the regular's looks may go unsaid"
 

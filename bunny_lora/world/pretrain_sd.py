@@ -2,7 +2,8 @@
 
 The text encoder begins as that of the world's CLIP, and its token embeddings stay as they are. If no
 name ever meant anything, it would learn to drop names, and leave a LoRA nothing to tie a character to:
-so most names stand for a species and a fur (`attributes.REGULARS`), and those of heroes for nobody.
+so most names stand for a species and a fur (`attributes.REGULARS`), and some, made up on the spot, for
+nobody. Heroes' names never occur: words that are taught to mean nothing come to mean the same.
 
 Every timestep counts the same in the loss of v, as in https://arxiv.org/abs/2202.00512. Min-SNR weights
 all but leave out the noisiest ones, and there it is settled what a body does.
@@ -41,7 +42,7 @@ from bunny_lora.world.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
 _CHARACTER = 4.0
-_NO_CAPTION, _HERO_NAME, _NEW_NAME = 0.1, 0.05, 0.15
+_NO_CAPTION, _NEW_NAME = 0.1, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
     "orange cat with blue eyes and a green hat, laughing, waving, beach, sunset",
@@ -94,7 +95,7 @@ def training_caption(picture: Picture, seed: int, *position: int) -> str:
     """Return what the model is told about a picture at one position of training.
 
     A new caption each time, now and then nothing, for guidance. Whoever has a name is called by the
-    regulars' for such looks, or else, to no purpose, like a hero or by a name made up of syllables.
+    regulars' for such looks or, to no purpose, by a name made up of syllables.
     """
     rng = attributes.generator(seed, "training caption", *position)
     if rng.random() < _NO_CAPTION:
@@ -104,10 +105,7 @@ def training_caption(picture: Picture, seed: int, *position: int) -> str:
 
 
 def _name(rng: np.random.Generator, traits: Traits) -> str:
-    chance = rng.random()
-    if chance < _HERO_NAME:
-        return attributes.pick(rng, tuple(attributes.HEROES))
-    if chance < _HERO_NAME + _NEW_NAME:
+    if rng.random() < _NEW_NAME:
         return made_up_name(rng)
     return attributes.REGULARS[traits.species, traits.fur]
 
