@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from bunny_lora.errors import BunnyLoraError
@@ -188,6 +188,19 @@ def test_latents_are_encoded_once_and_completed_after_an_interruption(tmp_path, 
     assert whole.shape == (10, 4, 4, 4) and whole.std() > 0
     interrupt(tmp_path / "latents", n_rows_done=4)
     assert np.array_equal(encoded_pictures(tmp_path, vae_dir, pictures, **options), whole)
+
+
+@pytest.mark.parametrize(("part", "is_encoded_again"), [("decoder", False), ("encoder", True)])
+def test_latents_stay_until_the_encoder_changes(tmp_path, vae_dir, part, is_encoded_again):
+    pictures = drawn_pictures(tmp_path, 4, size=32, report=lambda _: None)
+    encoded_pictures(tmp_path, vae_dir, pictures, report=lambda _: None)
+    file = shutil.copytree(vae_dir, tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights[f"{part}.conv_in.bias"] += 1
+    save_file(weights, file)
+    heard = []
+    encoded_pictures(tmp_path, file.parent, pictures, report=heard.append)
+    assert bool(heard) == is_encoded_again
 
 
 def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):

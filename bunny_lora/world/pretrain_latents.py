@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from bunny_lora.runs import sha256
 from bunny_lora.world.pretrain_data import filled_rows, to_unit
 
 
@@ -34,9 +34,18 @@ def encoded_pictures(
             images = torch.from_numpy(pictures[row : row + batch_size, :3])
             yield _encode(vae, to_unit(images, device))
 
-    key = {"vae": sha256(Path(vae_dir) / "diffusion_pytorch_model.safetensors")}
+    key = {"encoder": _encoder_sha256(vae), "scaling_factor": vae.config.scaling_factor}
     shape = (len(pictures), vae.config.latent_channels, side, side)
     return filled_rows(Path(out_dir) / "latents.npy", key, shape, np.float16, blocks, report)
+
+
+def _encoder_sha256(vae: AutoencoderKL) -> str:
+    """Return a digest of what latents depend on; a decoder that learned on leaves them as they are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
