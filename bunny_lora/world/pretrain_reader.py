@@ -149,7 +149,7 @@ def _vae_sha256(vae_dir: Path) -> str:
 def pretrain_reader(
     out_dir: Path,
     *,
-    max_steps: int = 3300,
+    max_steps: int = 7500,
     batch_size: int = 48,
     peak_rate: float = 2e-3,
     n_pictures: int = N_PICTURES,
