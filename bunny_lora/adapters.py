@@ -30,7 +30,7 @@ from bunny_lora.seeding import derive_seed
 
 PARTS = ("unet", "text_encoder")
 # CLIP names its layers differently from the UNet, so one list cannot serve both.
-_TARGETS = {"unet": "target_modules", "text_encoder": "text_encoder_target_modules"}
+_TARGETS_KEY = {"unet": "target_modules", "text_encoder": "text_encoder_target_modules"}
 
 __all__ = [
     "adapter_digest",
@@ -61,7 +61,7 @@ def attach(
     Raises:
         BunnyLoraError: no module of the model matches its target modules.
     """
-    targets = getattr(lora, _TARGETS[part])
+    targets = lora.target_modules if part == "unet" else lora.text_encoder_target_modules
     lora_config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
@@ -72,7 +72,7 @@ def attach(
             peft_model = get_peft_model(model, lora_config)
         except ValueError as error:
             raise BunnyLoraError(
-                f"lora.{_TARGETS[part]} {targets} do not fit the {part}: {error}"
+                f"lora.{_TARGETS_KEY[part]} {targets} do not fit the {part}: {error}"
             ) from None
     lora_config.base_model_name_or_path = base_model
     for parameter in trainable_parameters(model).values():
@@ -161,7 +161,7 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             prefix = f"base_model.model.{name}"
             if f"{prefix}.lora_A.weight" not in state:
                 raise BunnyLoraError(
-                    f"lora.start_from holds a LoRA of {name}, which lora.{_TARGETS[part]} leaves"
+                    f"lora.start_from holds a LoRA of {name}, which lora.{_TARGETS_KEY[part]} leaves"
                     f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
                 )
             if module.rank > config.r:
