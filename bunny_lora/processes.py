@@ -11,6 +11,7 @@ while the main process draws its samples for one, may take hours.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
@@ -155,8 +156,10 @@ def together(device: torch.device) -> Iterator[Processes]:
         return
     state = PartialState(cpu=device.type == "cpu", timeout=_NO_LIMIT)
     group = Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
+    atexit.unregister(dist.destroy_process_group)  # It waits for work that is under way.
     with runs.quiet_unless_main(), _pulse(group):
         yield group
+    atexit.register(dist.destroy_process_group)
 
 
 @contextlib.contextmanager
@@ -188,7 +191,9 @@ def _pulse(group: Processes) -> Iterator[None]:
         raise
     finally:
         over.set()
-        thread.join()  # A thread inside gloo when Python ends would abort the process.
+        # A thread of gloo's that needs Python when Python ends would abort the process.
+        thread.join()
+        dist.destroy_process_group(line)
     group.check()
 
 

@@ -231,6 +231,23 @@ def wait_for_step(run: Path, step: int) -> None:
 IMPATIENT = "from bunny_lora import processes; processes.LOST_AFTER_SEC = 4.0; "
 
 
+THREADS_AT_THE_END = """
+import atexit, os
+atexit.register(lambda: print(len(os.listdir("/proc/self/task"))))  # the first one comes last
+import torch
+from bunny_lora.processes import together
+for _ in range(2):
+    with together(torch.device("cpu")) as group:
+        group.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux lists threads")
+def test_no_thread_outlives_python() -> None:
+    results = ended(start(2, THREADS_AT_THE_END))
+    assert [(out, code) for (out, _), code in results] == [("1\n", 0)] * 2, results
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_stops_the_others_with_the_last_step_saved(
     tiny_model: str, data: Path, project: Path, number: int
