@@ -156,7 +156,7 @@ def together(device: torch.device) -> Iterator[Processes]:
         return
     state = PartialState(cpu=device.type == "cpu", timeout=_NO_LIMIT)
     group = Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
-    atexit.unregister(dist.destroy_process_group)  # It waits for work that is under way.
+    atexit.unregister(dist.destroy_process_group)  # After a failure it might wait for ever.
     with runs.quiet_unless_main(), _pulse(group):
         yield group
     atexit.register(dist.destroy_process_group)

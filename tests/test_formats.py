@@ -333,6 +333,11 @@ def test_training_can_start_from_a_lora_of_another_rank_and_alpha(lora: LoRA, ti
         (PARTS[:1], {"rank": 4}, "train_text_encoder: true"),
         (PARTS, {"rank": 3}, "lora.rank: 4 or more"),
         (PARTS, {"rank": 4, "target_modules": ["to_q"]}, "Add to_(k|v|out.0|0) to them"),
+        (
+            PARTS,
+            {"rank": 4, "text_encoder_target_modules": ["q_proj"]},
+            "lora.text_encoder_target_modules leaves out",
+        ),
     ],
 )
 def test_a_lora_that_does_not_fit_the_settings_says_which_to_change(
