@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bunny_lora import runs
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> LoraConfig:
     """
     path = folder / CONFIG
     try:
-        given = runs.read_json(path)
+        given = files.read_json(path)
         _refuse_variants(given if isinstance(given, dict) else {})
         config = AdapterConfig.model_validate(given)
     except ValidationError as error:

@@ -21,12 +21,12 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from bunny_lora import runs
 from bunny_lora.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.config import LoRASection
+from bunny_lora.core import files, paths
+from bunny_lora.core.seeding import derive_seed
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import LoRA, Module, peft_config
-from bunny_lora.seeding import derive_seed
 
 PARTS = ("unet", "text_encoder")
 # CLIP names its layers differently from the UNet, so one list cannot serve both.
@@ -97,7 +97,7 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA"} | peft_model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
-    runs.write_json(folder / "adapter_config.json", config)
+    files.write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
@@ -238,7 +238,7 @@ def adapter_parts(weights_dir: Path) -> dict[str, Path]:
 def find_weights(lora_weights_dir: str | Path) -> Path:
     """Return the folder that holds `unet/`: the one named, or `final/` inside it; or the file named."""
     folder = Path(lora_weights_dir).expanduser()
-    folder = folder if folder.exists() else runs.resolve(folder)
+    folder = folder if folder.exists() else paths.resolve(folder)
     if folder.is_file():
         return folder
     if (folder / "final").is_dir():
@@ -255,4 +255,4 @@ def adapter_digest(weights_dir: Path) -> str | None:
             check_adapter(part)
     except BunnyLoraError:
         return None
-    return runs.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))
+    return files.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))

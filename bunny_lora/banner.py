@@ -10,7 +10,8 @@ import psutil
 import torch
 from torch.optim import Optimizer
 
-from bunny_lora import adapters, runs
+from bunny_lora import adapters
+from bunny_lora.core import paths
 from bunny_lora.learning import Learner
 from bunny_lora.standins import STANDINS
 
@@ -104,7 +105,7 @@ def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
         "steps": f"{n_steps} of {per_step} images, checkpoint every {training.save_steps}",
         "estimate": f"{duration(estimate_sec(trainer, trial, n_steps))} ({step_sec:.2f} s a step)",
         "memory": f"{peak_memory_gb(parts.device):.1f} GB at most in a trial step",
-        "run folder": runs.relative(trainer.run_dir),
+        "run folder": paths.relative(trainer.run_dir),
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 

@@ -10,12 +10,14 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from bunny_lora import adapters, inference, protocol, runs
+from bunny_lora import adapters, inference, protocol
+from bunny_lora.core.files import sha256
+from bunny_lora.core.paths import resolve
+from bunny_lora.core.progress import progress
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import save_figure
 from bunny_lora.grids import picture_grid
 from bunny_lora.processes import Processes
-from bunny_lora.progress import progress
 
 ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
 
@@ -27,7 +29,7 @@ def read_prompts(path: Path) -> list[str]:
         BunnyLoraError: no such file, no text, or no prompt in it.
     """
     try:
-        lines = runs.resolve(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = resolve(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BunnyLoraError(f"The prompts in {path} cannot be read: {error}.") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -46,7 +48,7 @@ def weights_identity(base_model: str | None, weights: Mapping[Any, float]) -> di
     found = {adapters.find_weights(path): weight for path, weight in weights.items()}
     base_model = base_model or inference.recorded_base_model(next(iter(found), None))
     loras = [
-        [runs.sha256(path) if path.is_file() else adapters.adapter_digest(path), weight]
+        [sha256(path) if path.is_file() else adapters.adapter_digest(path), weight]
         for path, weight in found.items()
     ]
     base_sha256 = protocol.base_digest(base_model)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from bunny_lora.images import LeftOutError
+from bunny_lora.errors import LeftOutError
 
 # Shorter answers are left-overs of a failed call ("N/A", "a frame") and say nothing of the picture.
 MIN_CAPTION_WORDS = 3

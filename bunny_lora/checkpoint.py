@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora import adapters, runs
+from bunny_lora import adapters
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 
 STATE, OPTIMIZER = "training_state.json", "optimizer.safetensors"
@@ -47,7 +48,7 @@ class TrainingState:
 
 def save_adapters(folder: Path, models: dict[str, PeftModel]) -> None:
     """Write `folder/{unet,text_encoder}/` in PEFT's format, atomically."""
-    with runs.atomic_path(folder) as part:
+    with files.atomic_path(folder) as part:
         for name, model in models.items():
             adapters.save_adapter(model, part / name)
 
@@ -78,12 +79,12 @@ def save_checkpoint(
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
-    with runs.atomic_path(folder) as part:
+    with files.atomic_path(folder) as part:
         for name, model in state.models.items():
             adapters.save_adapter(model, part / name)
         save_file(moments, part / OPTIMIZER)
-        runs.write_json(part / STATE, position | about)
-        runs.write_text(part / SUMS, _sums(part))
+        files.write_json(part / STATE, position | about)
+        files.write_text(part / SUMS, _sums(part))
 
 
 def load_checkpoint(folder: Path, state: TrainingState) -> None:
@@ -92,7 +93,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     Raises:
         BunnyLoraError: a part of it is missing, unreadable, or belongs to another run.
     """
-    saved = runs.read_json(folder / STATE)
+    saved = files.read_json(folder / STATE)
     try:
         for name, model in state.models.items():
             adapters.load_weights(model, folder / name)
@@ -220,12 +221,12 @@ def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> No
     judged = _judged(run_dir)
     for step, folder in checkpoints.items():
         if step not in kept and folder.name not in judged:
-            runs.remove(folder)
+            files.remove(folder)
 
 
 def _is_milestone(folder: Path) -> bool:
     try:
-        return runs.read_json(folder / STATE)["milestone"]
+        return files.read_json(folder / STATE)["milestone"]
     except (BunnyLoraError, KeyError, TypeError):
         return True
 
@@ -233,6 +234,6 @@ def _is_milestone(folder: Path) -> bool:
 def _judged(run_dir: Path) -> set[str]:
     path = run_dir / "evaluation" / "eval.json"
     try:
-        return set(runs.read_json(path)["models"]) if path.is_file() else set()
+        return set(files.read_json(path)["models"]) if path.is_file() else set()
     except (BunnyLoraError, KeyError, TypeError):
         return set()

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import __version__, runs
+from bunny_lora import __version__
+from bunny_lora.core import ranks
+from bunny_lora.core.interrupts import StoppedError
+from bunny_lora.core.paths import relative, resolve
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
-from bunny_lora.interrupts import StoppedError
 from bunny_lora.session import open_config, write_demo_film
 
 
@@ -22,12 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     try:
-        with runs.quiet_unless_main():
+        with ranks.quiet_unless_main():
             options.run(options)
     except FollowerError:
         return 2
     except StoppedError as stop:
-        if runs.is_main_process():
+        if ranks.is_main_process():
             print(f"bunny-lora: {stop}", file=sys.stderr)
         return stop.exit_code
     except LostProcessError as error:
@@ -183,7 +185,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
-    print(report.scores_table(evaluate(runs.resolve(config.output_dir), config=config)))
+    print(report.scores_table(evaluate(resolve(config.output_dir), config=config)))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -192,7 +194,7 @@ def _config(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import batch, inference, processes
-    from bunny_lora.progress import progress
+    from bunny_lora.core.progress import progress
 
     if bool(options.prompts) != bool(options.out):
         raise BunnyLoraError("--prompts FILE and --out FOLDER go together.")
@@ -210,7 +212,7 @@ def _generate(options: argparse.Namespace) -> None:
     }
     if options.out:
         identity = batch.weights_identity(options.base_model, weights)
-        out_dir = runs.resolve(options.out)
+        out_dir = resolve(options.out)
         with processes.together(pipe.device) as group:
             paths = batch.draw_batch(pipe, prompts, seeds, out_dir, identity, group=group, **settings)
     else:
@@ -218,7 +220,7 @@ def _generate(options: argparse.Namespace) -> None:
         images = inference.generate_images(pipe, prompts, seeds, **settings)
         for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
             inference.save_image(image, path)
-    print("\n".join(runs.relative(path) for path in paths))
+    print("\n".join(relative(path) for path in paths))
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -241,7 +243,7 @@ def _export(options: argparse.Namespace) -> None:
 
     kinds = options.format or export.USUAL
     paths = export.export(options.lora_weights, options.out, kinds=kinds, base_model=options.base_model)
-    print("\n".join(runs.relative(path) for path in paths))
+    print("\n".join(relative(path) for path in paths))
     if options.hub:
         print(export.upload(paths[-1].parent, options.hub))
 
@@ -311,4 +313,4 @@ def _measure(options: argparse.Namespace) -> None:
 def _film(options: argparse.Namespace) -> None:
     from bunny_lora.world.film import write_film
 
-    print(runs.relative(write_film(options.out, n_frames=options.frames, seed=options.seed)))
+    print(relative(write_film(options.out, n_frames=options.frames, seed=options.seed)))

@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import runs, standins
+from bunny_lora import standins
+from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 
 transformers.utils.logging.disable_progress_bar()
@@ -79,7 +80,7 @@ def resolve_base_model(name: str) -> str:
         return str(WORLD_WEIGHTS / "sd")
     if name in standins.STANDINS:
         return str(standins.standin_folder(name))
-    for folder in (Path(name).expanduser(), runs.resolve(name)):
+    for folder in (Path(name).expanduser(), paths.resolve(name)):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
     return name
@@ -203,9 +204,11 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a model or a pipeline as its library does, but for the folder that it was loaded from."""
     model.save_pretrained(folder)
     for path in folder.rglob("*.json"):
-        told = runs.read_json(path)
+        told = files.read_json(path)
         if isinstance(told, dict) and "_name_or_path" in told:
-            runs.write_json(path, {key: value for key, value in told.items() if key != "_name_or_path"})
+            files.write_json(
+                path, {key: value for key, value in told.items() if key != "_name_or_path"}
+            )
 
 
 @torch.no_grad()

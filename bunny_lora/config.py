@@ -22,17 +22,10 @@ from pydantic import (
     field_validator,
 )
 
+from bunny_lora.core import paths
+from bunny_lora.core.values import MAX_NUMBER, MAX_SHOWN, OwnFolder, Recorded, is_text, kinds_of, shown
+from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.values import (
-    MAX_NUMBER,
-    MAX_SHOWN,
-    OwnFolder,
-    Recorded,
-    is_text,
-    kinds_of,
-    shown,
-)
-from bunny_lora.yaml_file import parse_yaml
 
 # An old document's name for the model: its maker's list holds no such repository.
 UNLISTED_MODELS = {"nota-ai/sd-v1-5-tiny": "nota-ai/bk-sdm-tiny"}
@@ -215,6 +208,16 @@ class Config(Section):
         if value.mixed_precision == "fp16" and info.data.get("device") == "cpu":
             raise ValueError("mixed_precision fp16 needs a GPU; on device cpu choose auto, bf16 or no")
         return value
+
+    @property
+    def run_dir(self) -> Path:
+        """`output_dir` as an absolute path."""
+        return paths.resolve(self.output_dir)
+
+    @property
+    def data_path(self) -> Path:
+        """`data_dir` as an absolute path."""
+        return paths.resolve(self.data_dir)
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import runs
+from bunny_lora.core import files, paths
+from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import is_file, is_inside
 from bunny_lora.stage4 import Frame, Source
 
 SCHEMA_VERSION = 1
@@ -38,9 +38,9 @@ def load_summary(data_dir: Path) -> dict | None:
     Raises:
         BunnyLoraError: there is a file of that name that is not JSON.
     """
-    path = runs.resolve(data_dir).parent / SUMMARY
+    path = paths.resolve(data_dir).parent / SUMMARY
     try:
-        summary = runs.read_json(path) if is_file(path) else None
+        summary = files.read_json(path) if is_file(path) else None
     except BunnyLoraError as error:
         raise BunnyLoraError(f"{error} Delete it, and prepare again with overwrite=True.") from None
     ours = isinstance(summary, dict) and summary.get("schema_version") == SCHEMA_VERSION
@@ -76,8 +76,8 @@ def identity(source: Source, tokenizer: Any) -> dict[str, Any]:
 
 def _shown(path: Path, source: Source) -> str:
     """Return `path` from the project root, or for a source elsewhere from the folder that holds it."""
-    if is_inside(path, [runs.project_root().resolve()]):
-        shown = runs.relative(path)
+    if is_inside(path, [paths.project_root().resolve()]):
+        shown = paths.relative(path)
     else:
         around, path = source.origin.resolve().parent, path.resolve()
         shown = path.relative_to(around).as_posix() if path.is_relative_to(around) else path.name

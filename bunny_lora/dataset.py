@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import runs, seeding
 from bunny_lora.captions import count_tokens, name_first
+from bunny_lora.core import files, paths, seeding
+from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.core.progress import progress
 from bunny_lora.data_summary import (
     SUMMARY,
     Item,
@@ -31,8 +33,7 @@ from bunny_lora.data_summary import (
     sha256_hex,
 )
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import crop_around, is_file, is_inside, open_rgb, plain_bytes, plain_suffix
-from bunny_lora.progress import progress
+from bunny_lora.images import crop_around, open_rgb, plain_bytes, plain_suffix
 from bunny_lora.stage4 import METADATA, Frame, Source, json_lines
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite:
     Raises:
         BunnyLoraError: no usable picture, a folder that must not be replaced, or a full disk.
     """
-    data_dir = runs.resolve(data_dir)
+    data_dir = paths.resolve(data_dir)
     _refuse_impossible(source, data_dir)
     old, key = load_summary(data_dir), identity(source, tokenizer)
     difference = _difference(data_dir, old)
@@ -90,7 +91,7 @@ def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite:
         raise BunnyLoraError(_refusal(data_dir, difference))
     hashes = _write(items, text, data_dir, keep_old=bool(difference))
     summary = key | describe(source, items, tokenizer) | describe_files(items, text, hashes)
-    runs.write_json(data_dir.parent / SUMMARY, summary)
+    files.write_json(data_dir.parent / SUMMARY, summary)
     return summary
 
 
@@ -101,7 +102,7 @@ def _refuse_impossible(source: Source, data_dir: Path) -> None:
             f"No usable picture in {source.origin}: {kinds}. A lower min_confidence, an instance_prompt"
             " for pictures without caption, or another source may help."
         )
-    if is_inside(runs.project_root(), [data_dir.resolve()]):
+    if is_inside(paths.project_root(), [data_dir.resolve()]):
         raise BunnyLoraError(
             f"data_dir {data_dir} holds the whole project; choose a folder of its own."
         )
@@ -205,7 +206,7 @@ def _write(items: list[Item], text: str, data_dir: Path, *, keep_old: bool) -> l
     """Swap in the new folder, the old one kept as a backup or dropped; return the pictures' hashes."""
     backup = _backup(data_dir)
     try:
-        with runs.atomic_path(data_dir) as part:
+        with files.atomic_path(data_dir) as part:
             hashes = _build(items, text, part)
             if keep_old:
                 data_dir.rename(backup)
@@ -249,7 +250,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             BunnyLoraError: `metadata.jsonl` is missing or broken (names the line), or a picture is
                 missing.
         """
-        self.data_dir = runs.resolve(data_dir)
+        self.data_dir = paths.resolve(data_dir)
         self.resolution = resolution
         self.center_crop = center_crop
         rows = _read_rows(self.data_dir, instance_prompt)
@@ -320,7 +321,7 @@ def known_images(data_dir: Path) -> list[dict[str, Any]]:
     """
     if summary := load_summary(data_dir):
         return summary["images"]
-    rows = _read_rows(runs.resolve(data_dir), "-")
+    rows = _read_rows(paths.resolve(data_dir), "-")
     return [{"file_name": file_name, "characters": [], "faces": []} for file_name, _ in rows]
 
 
@@ -330,9 +331,9 @@ def data_sha256(data_dir: Path) -> str:
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
-    data_dir = runs.resolve(data_dir)
+    data_dir = paths.resolve(data_dir)
     names = sorted({file_name for file_name, _ in _read_rows(data_dir, "-")})
-    digest = runs.sha256(data_dir / METADATA, *(data_dir / name for name in names))
+    digest = files.sha256(data_dir / METADATA, *(data_dir / name for name in names))
     if (summary := load_summary(data_dir)) is None:
         return digest
     who = [
@@ -343,7 +344,7 @@ def data_sha256(data_dir: Path) -> str:
 
 def write_captions(folder: Path, captions: dict[str, str]) -> None:
     """Write `metadata.jsonl` beside pictures that are there already: file names to captions."""
-    runs.write_text(folder / METADATA, "".join(_line(*item) for item in captions.items()))
+    files.write_text(folder / METADATA, "".join(_line(*item) for item in captions.items()))
 
 
 def _read_rows(data_dir: Path, instance_prompt: str) -> list[tuple[str, str]]:

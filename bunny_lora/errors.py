@@ -28,3 +28,7 @@ class LostProcessError(BunnyLoraError):
             f"Another process of this run has ended or cannot be reached: {noticed}. If it had"
             f" something to say, it has said it. {advice}"
         )
+
+
+class LeftOutError(Exception):
+    """Why one picture is not used: `kind: detail`; the kind is what the summary counts."""

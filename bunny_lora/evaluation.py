@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import components, handover, inference, metrics, processes, protocol, runs, standins
+from bunny_lora import components, handover, inference, metrics, processes, protocol, standins
 from bunny_lora.config import Config, load_config
+from bunny_lora.core.files import read_json, write_json
+from bunny_lora.core.paths import resolve
+from bunny_lora.core.provenance import provenance
 from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
 from bunny_lora.images import crop_around, open_rgb
@@ -69,9 +72,9 @@ def evaluate(
     Raises:
         BunnyLoraError: no weights, no configuration or no prepared data.
     """
-    run_dir = runs.resolve(run_dir)
+    run_dir = resolve(run_dir)
     config = config or load_config(run_dir / "config.yaml")
-    data_dir = runs.resolve(data_dir or config.data_dir)
+    data_dir = resolve(data_dir or config.data_dir)
     device = components.resolve_device(config.device)
     look = load_features(config.evaluation.features, device.type)
     with processes.together(device) as group:
@@ -102,7 +105,7 @@ def _judge(
         **score(run_dir, plan, data, look),
         "training_crops": shown,
     }
-    runs.write_json(run_dir / "evaluation" / "eval.json", result)
+    write_json(run_dir / "evaluation" / "eval.json", result)
     if (run_dir / "config.yaml").is_file():
         handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), means(result))
     return result
@@ -270,11 +273,11 @@ def settings(config: Config, data: Reference) -> dict[str, Any]:
 
 def run_info(run_dir: Path, config: Config) -> dict[str, Any]:
     """Return where the run and this evaluation came from."""
-    provenance = run_dir / "provenance.json"
+    record = run_dir / "provenance.json"
     return {
         "config": config.model_dump(mode="json"),
-        "trained_by": runs.read_json(provenance) if provenance.is_file() else None,
-        "evaluated_by": runs.provenance(),
+        "trained_by": read_json(record) if record.is_file() else None,
+        "evaluated_by": provenance(),
     }
 
 

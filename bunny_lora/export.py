@@ -17,7 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bunny_lora import adapters, components, formats, inference, runs
+from bunny_lora import adapters, components, formats, inference
+from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export_about import About, model_card
 from bunny_lora.formats import DIFFUSERS_NAME, PARTS, LoRA
@@ -68,7 +69,7 @@ def export(
     """
     if unknown := [kind for kind in kinds if kind not in FORMATS]:
         raise BunnyLoraError(f"Unknown format {unknown[0]}: choose from {', '.join(FORMATS)}.")
-    out_dir = runs.resolve(out_dir)
+    out_dir = paths.resolve(out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise BunnyLoraError(f"{out_dir} exists and is not empty: choose another folder or remove it.")
     weights_dir = adapters.find_weights(lora_weights_dir)
@@ -77,11 +78,11 @@ def export(
     pipe = components.pipeline_from(parts, base_model)
     lora = formats.read_lora(weights_dir, {part: getattr(parts, part) for part in PARTS})
     job = _Job(lora, base_model, pipe, About.of_run(weights_dir, base_model, lora))
-    with runs.atomic_path(out_dir) as folder:
+    with files.atomic_path(out_dir) as folder:
         folder.mkdir()
         written = [_WRITERS[kind](job, folder) for kind in kinds]
         card = folder / "README.md"
-        runs.write_text(card, model_card(job.about, [path.name for path in written]))
+        files.write_text(card, model_card(job.about, [path.name for path in written]))
         names = [path.name for path in (*written, card)]
     return [out_dir / name for name in names]
 

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from bunny_lora import runs
 from bunny_lora.checkpoint import STATE
 from bunny_lora.config import Config, load_config
+from bunny_lora.core import paths
+from bunny_lora.core.files import read_json
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import LoRA
@@ -120,21 +121,21 @@ def _training_metadata(config: Config) -> dict[str, Any]:
 def _step(weights_dir: Path) -> int | None:
     """Return a checkpoint's step from its state; `final/` has none, and the run hands its step on."""
     if (weights_dir / STATE).is_file():
-        return int(runs.read_json(weights_dir / STATE)["step"])
+        return int(read_json(weights_dir / STATE)["step"])
     handed_on = weights_dir.name == "final" and (weights_dir.parent / HANDOVER).is_file()
     return read_handover(weights_dir.parent).step if handed_on else None
 
 
 def _images(config: Config | None) -> list[dict[str, Any]]:
     try:
-        return known_images(runs.resolve(config.data_dir)) if config else []
+        return known_images(paths.resolve(config.data_dir)) if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 
 
 def _scores(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "evaluation" / "eval.json"
-    return runs.read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _thumbnail(run_dir: Path) -> bytes | None:

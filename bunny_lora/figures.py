@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from bunny_lora import runs
+from bunny_lora.core import files
 
 # Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#222222"
@@ -55,7 +55,7 @@ class Plot(Figure):
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, atomically, and return its path."""
-    with runs.atomic_path(path) as part:
+    with files.atomic_path(path) as part:
         figure.savefig(part, format="png")
     return path
 

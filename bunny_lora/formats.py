@@ -19,8 +19,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bunny_lora import runs
 from bunny_lora.adapter_files import CONFIG, WEIGHTS, checked, read_config, read_weights
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 
 PARTS = ("unet", "text_encoder")
@@ -249,7 +249,7 @@ def write_peft(lora: LoRA, folder: Path, base_model: str) -> None:
         config.base_model_name_or_path = base_model
         told = {"peft_type": "LORA"} | config.to_dict()
         told |= {"target_modules": sorted(told["target_modules"])}
-        runs.write_json(folder / part / CONFIG, told)
+        files.write_json(folder / part / CONFIG, told)
 
 
 def peft_config(modules: Mapping[str, Module]) -> LoraConfig:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bunny_lora import adapters, components, runs
+from bunny_lora import adapters, components
 from bunny_lora.captions import count_tokens
 from bunny_lora.config import Config
+from bunny_lora.core import files, paths
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 
@@ -104,7 +105,7 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
         ),
         scores=scores,
     )
-    runs.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
+    files.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
     return run_dir / HANDOVER
 
 
@@ -114,7 +115,7 @@ def read_handover(run_dir: str | Path) -> Handover:
     Raises:
         BunnyLoraError: there is no `handover.json`, it is damaged, or of a later schema.
     """
-    path = runs.resolve(run_dir) / HANDOVER
+    path = paths.resolve(run_dir) / HANDOVER
     if not path.is_file():
         raise BunnyLoraError(
             f"There is no {HANDOVER} in {path.parent}: name the folder of a run that was trained to its"
@@ -147,6 +148,6 @@ def _known(run_dir: Path) -> Handover | None:
 
 def _images(config: Config) -> list[dict[str, Any]]:
     try:
-        return known_images(runs.resolve(config.data_dir))
+        return known_images(paths.resolve(config.data_dir))
     except BunnyLoraError:
         return []  # the training data did not come along

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from bunny_lora import components, runs
+from bunny_lora import components
 from bunny_lora.config import Config
+from bunny_lora.core import provenance
 
 # The data's identity is its hash, not its path; the rest changes when things are written, not what.
 HARMLESS = {
@@ -72,7 +73,7 @@ def environment_of(config: Config) -> dict[str, str]:
     device = components.resolve_device(config.device)
     dtype = components.resolve_dtype(config.training.mixed_precision, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    made_by = runs.provenance()
+    made_by = provenance.provenance()
     return {
         "threads": str(torch.get_num_threads()),
         "device": f"{device.type}, {where}",

@@ -16,6 +16,8 @@ from pathlib import Path, PureWindowsPath
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bunny_lora.colours import is_16_bit, is_srgb, to_srgb
+from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.errors import LeftOutError
 
 # Only decoders that are pure and common: others call programs (EPS) or open further files.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -29,10 +31,6 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against 
 
 MAX_SHOWN = 120  # Characters of a path in a reason.
 MAX_TAIL_PARTS = 16  # How much of a recorded path is looked for under other folders.
-
-
-class LeftOutError(Exception):
-    """Why one picture is not used: `kind: detail`; the kind is what the summary counts."""
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -106,12 +104,6 @@ def plain_bytes(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def is_inside(path: Path, folders: Sequence[Path]) -> bool:
-    """Whether `path` really lies in one of the resolved `folders`, symlinks and `..` followed."""
-    real = path.resolve()
-    return any(real.is_relative_to(folder) for folder in folders)
-
-
 class Finder:
     """Looks for recorded pictures, also of a moved run; outside the allowed folders only if told to."""
 
@@ -181,22 +173,6 @@ def _tail(recorded: str) -> list[str]:
     path = PureWindowsPath(recorded)  # Takes both kinds of slash.
     parts = path.parts[1:] if path.anchor else path.parts
     return [part for part in parts if part != ".."][-MAX_TAIL_PARTS:]
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file; False, not an error, for names that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder; likewise."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 def crop_around(image: Image.Image, box: Sequence[float], scale: float) -> Image.Image:

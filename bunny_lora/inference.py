@@ -12,9 +12,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from bunny_lora import adapters, components, formats, runs
+from bunny_lora import adapters, components, formats
 from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
+from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.handover import HANDOVER, read_handover
 
@@ -68,7 +69,7 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
         BunnyLoraError: no run there, or its weights are not those that it was handed over with.
     """
     told = read_handover(run_dir)
-    weights_dir = runs.resolve(run_dir) / told.weights
+    weights_dir = paths.resolve(run_dir) / told.weights
     if adapters.adapter_digest(weights_dir) != told.weights_sha256:
         raise BunnyLoraError(
             f"The weights in {weights_dir} are not those that {HANDOVER} was written for; run"
@@ -183,7 +184,7 @@ def save_image(image: Image.Image, path: Path) -> None:
         # A prompt from a command line may hold bytes that are no text.
         text = image.info["parameters"].encode("utf-8", "replace").decode()
         metadata.add_itxt("parameters", text)
-    with runs.atomic_path(path) as part:
+    with files.atomic_path(path) as part:
         image.save(part, format="PNG", pnginfo=metadata)
 
 

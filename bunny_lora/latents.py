@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from bunny_lora import runs
 from bunny_lora.components import encode_images
+from bunny_lora.core import files
+from bunny_lora.core.progress import progress
+from bunny_lora.core.seeding import generator
 from bunny_lora.dataset import ImageDataset, sample_indices
-from bunny_lora.progress import progress
-from bunny_lora.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def encode_dataset(
         )
         bar = progress(_encode_each(vae, loader), desc="encode images", total=len(views))
         tensors = {f"{i:06d}": moments for i, moments in enumerate(bar)}
-        with runs.atomic_path(path) as part:
+        with files.atomic_path(path) as part:
             save_file(tensors, part)
     tensors = load_file(path)
     encoded: list[list[EncodedView]] = [[] for _ in range(len(images))]
@@ -218,7 +218,7 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
 
 
 def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
-    digest = hashlib.sha256(runs.sha256(*images.paths).encode())
+    digest = hashlib.sha256(files.sha256(*images.paths).encode())
     digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
     digest.update(repr([images.faces[view.index] for view in views if view.zoomed]).encode())
     digest.update(str(vae.config.scaling_factor).encode())

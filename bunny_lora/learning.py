@@ -10,8 +10,8 @@ import torch
 from bunny_lora import diffusion
 from bunny_lora.components import Components, encode_prompts
 from bunny_lora.config import Config
+from bunny_lora.core.seeding import derive_seed
 from bunny_lora.latents import Batch, EncodedImages
-from bunny_lora.seeding import derive_seed
 
 
 class PromptEncoder:

@@ -11,8 +11,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora import banner, interrupts
+from bunny_lora import banner
 from bunny_lora.config import Config
+from bunny_lora.core import interrupts
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.learning import Learner
 from bunny_lora.processes import Processes

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from bunny_lora.seeding import generator
+from bunny_lora.core.seeding import generator
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bunny_lora import components, dataset, runs, stage4
+from bunny_lora import components, dataset, stage4
 from bunny_lora.config import Config
+from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 
 
@@ -21,13 +22,13 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         BunnyLoraError: no source, nothing usable in it, or edited data would be replaced.
     """
     tokenizer = components.load_tokenizer(config.base_model)
-    data_dir = runs.resolve(config.data_dir)
+    data_dir = paths.resolve(config.data_dir)
     return dataset.prepare(_read(config), data_dir, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def source_changed(config: Config) -> bool:
     """Whether `config.source` is there and says something else than when the data was prepared."""
-    summary = dataset.load_summary(runs.resolve(config.data_dir))
+    summary = dataset.load_summary(paths.resolve(config.data_dir))
     if summary is None:
         return False
     try:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from bunny_lora import interrupts, runs
+from bunny_lora.core import interrupts, ranks
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
 
 T = TypeVar("T")
@@ -151,13 +151,13 @@ def together(device: torch.device) -> Iterator[Processes]:
     Args:
         device: where they compute.
     """
-    if runs.n_processes() == 1:
+    if ranks.n_processes() == 1:
         yield Processes()
         return
     state = PartialState(cpu=device.type == "cpu", timeout=_NO_LIMIT)
     group = Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
     atexit.unregister(dist.destroy_process_group)  # After a failure it might wait for ever.
-    with runs.quiet_unless_main(), _pulse(group):
+    with ranks.quiet_unless_main(), _pulse(group):
         yield group
     atexit.register(dist.destroy_process_group)
 

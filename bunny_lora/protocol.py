@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bunny_lora import adapters, components, inference, runs
+from bunny_lora import adapters, components, inference
 from bunny_lora.config import Config
+from bunny_lora.core.files import sha256
+from bunny_lora.core.progress import progress
+from bunny_lora.core.seeding import derive_seed
 from bunny_lora.processes import Processes
-from bunny_lora.progress import progress
-from bunny_lora.seeding import derive_seed
 
 SUBJECT = "subject"  # stands for the one character of data that names none
 NEUTRAL = "-"  # stands for nobody
@@ -134,7 +135,7 @@ def base_digest(base_model: str) -> str | None:
     """Return one digest over a local base model's files; None of a hub's, whose name must serve."""
     folder = Path(components.resolve_base_model(base_model))
     files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
-    return runs.sha256(*sorted(files)) if files else None
+    return sha256(*sorted(files)) if files else None
 
 
 # ---------------------------------------------------------------------------- drawing

@@ -22,8 +22,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
-from bunny_lora import run_log, runs
+from bunny_lora import run_log
 from bunny_lora.config import load_config
+from bunny_lora.core import paths
+from bunny_lora.core.files import is_file
 from bunny_lora.dataset import ImageDataset, known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import (
@@ -42,7 +44,7 @@ from bunny_lora.figures import (
     wrap,
 )
 from bunny_lora.grids import before_after_grid, checkpoint_grid, samples_grid
-from bunny_lora.images import is_file, open_rgb
+from bunny_lora.images import open_rgb
 from bunny_lora.scores import read_result, scores_chart, scores_table
 
 __all__ = [
@@ -195,7 +197,7 @@ def _escape(text: Any) -> str:
 
 
 def _thumbnail(path: str | None, origin_dir: Path | None) -> str:
-    folders = [runs.project_root(), *([origin_dir, *origin_dir.parents[:2]] if origin_dir else [])]
+    folders = [paths.project_root(), *([origin_dir, *origin_dir.parents[:2]] if origin_dir else [])]
     places = [folder / (path or "") for folder in folders]
     try:
         picture = open_rgb(next(place for place in places if is_file(place)))
@@ -284,7 +286,7 @@ def run_summary(run_dir: Path) -> str:
     parts = "UNet and text encoder" if config.lora.train_text_encoder else "UNet"
     saved = sorted((path.name for path in run_dir.glob("checkpoint-*")), key=lambda n: int(n[11:]))
     facts = {
-        "run": runs.relative(run_dir),
+        "run": paths.relative(run_dir),
         "base model": config.base_model,
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {parts}",
         "steps": f"{last['step']} of {planned}, {last['n_images']} images each",

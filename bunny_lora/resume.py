@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import checkpoint, identity, run_log, runs
+from bunny_lora import checkpoint, identity, run_log
 from bunny_lora.config import Config, load_config
+from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.identity import Identity
 
@@ -48,7 +49,7 @@ def begin_anew(run_dir: Path) -> None:
     while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
         number += 1
     run_dir.rename(aside)
-    print(f"The run that was in {runs.relative(run_dir)} is now in {runs.relative(aside)}")
+    print(f"The run that was in {paths.relative(run_dir)} is now in {paths.relative(aside)}")
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -69,7 +70,7 @@ def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
         BunnyLoraError: the folder holds another run, or something that is no run of ours; or the
             checkpoint that `resume` names is not there or damaged.
     """
-    runs.recover(run_dir)
+    files.recover(run_dir)
     if holds_run(run_dir):
         _refuse_another_run(run_dir, now)
     named = None if config.resume in ("auto", "never") else _named(run_dir, str(config.resume))
@@ -84,7 +85,7 @@ def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
 def _refuse_another_run(run_dir: Path, now: Identity) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {WAY_OUT}")
-    old_data = runs.read_json(run_dir / "provenance.json").get("data_sha256")
+    old_data = files.read_json(run_dir / "provenance.json").get("data_sha256")
     settings = identity.settings_of(load_config(run_dir / "config.yaml"))
     _refuse(run_dir, Identity(settings, old_data, now.environment), now)
 
@@ -100,7 +101,7 @@ def _refuse(folder: Path, before: Identity, now: Identity) -> None:
 
 def _named(run_dir: Path, name: str) -> Path:
     """Return the checkpoint that the user named: a step, a folder of the run, or a path."""
-    folders = [run_dir / f"checkpoint-{name}", run_dir / name, runs.resolve(name)]
+    folders = [run_dir / f"checkpoint-{name}", run_dir / name, paths.resolve(name)]
     for folder in folders:
         if (folder / checkpoint.STATE).is_file():
             if damage := checkpoint.damage(folder):
@@ -109,7 +110,7 @@ def _named(run_dir: Path, name: str) -> Path:
     there = ", ".join(map(str, checkpoint.list_checkpoints(run_dir))) or "none yet"
     raise BunnyLoraError(
         f"resume: {name} is no checkpoint. It takes auto, never, or a checkpoint: its step, its"
-        f" folder's name or path. Steps in {runs.relative(run_dir)}: {there}."
+        f" folder's name or path. Steps in {paths.relative(run_dir)}: {there}."
     )
 
 
@@ -123,7 +124,7 @@ def _newest_good(run_dir: Path, last_step: int) -> Path | None:
             return folder
         aside = checkpoint.set_aside(folder, "damaged")
         print(
-            f"Warning: {folder.name} is damaged ({damage}); it is now in {runs.relative(aside)}, and"
+            f"Warning: {folder.name} is damaged ({damage}); it is now in {paths.relative(aside)}, and"
             " the one before it is taken."
         )
     return None
@@ -133,7 +134,7 @@ def _set_later_ones_aside(run_dir: Path, step: int) -> None:
     for later, folder in checkpoint.list_checkpoints(run_dir).items():
         if later > step:
             aside = checkpoint.set_aside(folder, "later")
-            print(f"{folder.name} is done again; the one from before is now {runs.relative(aside)}")
+            print(f"{folder.name} is done again; the one from before is now {paths.relative(aside)}")
 
 
 def _fresh(now: Identity) -> Start:
@@ -142,7 +143,7 @@ def _fresh(now: Identity) -> Start:
 
 def _read(folder: Path, now: Identity) -> Start:
     """Return the start that a checkpoint gives, after comparing its run with the one to come."""
-    saved = runs.read_json(folder / checkpoint.STATE)
+    saved = files.read_json(folder / checkpoint.STATE)
     history = list(saved["history"])
     environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
     before = Identity(saved["settings"], saved["data_sha256"], environment)
@@ -164,7 +165,7 @@ def announce(run_dir: Path, start: Start) -> None:
     if start.folder is None and not n_lost:
         return
     place = (
-        f"Going on after step {start.step} from {runs.relative(start.folder)}"
+        f"Going on after step {start.step} from {paths.relative(start.folder)}"
         if start.folder
         else ("Beginning again at step 1, for there was no checkpoint yet")
     )
@@ -174,6 +175,8 @@ def announce(run_dir: Path, start: Start) -> None:
 
 
 def _describe(run_dir: Path, config: Config, data_sha256: str) -> None:
-    runs.write_json(run_dir / "provenance.json", runs.provenance() | {"data_sha256": data_sha256})
-    runs.write_text(run_dir / "config.input.yaml", config.given_yaml())
-    runs.write_text(run_dir / "config.yaml", config.to_yaml())  # Last: it makes the folder a run.
+    files.write_json(
+        run_dir / "provenance.json", provenance.provenance() | {"data_sha256": data_sha256}
+    )
+    files.write_text(run_dir / "config.input.yaml", config.given_yaml())
+    files.write_text(run_dir / "config.yaml", config.to_yaml())  # Last: it makes the folder a run.

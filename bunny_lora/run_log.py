@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import runs
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 
 LOG, TIMING = "log.jsonl", "timing.jsonl"
@@ -98,5 +98,5 @@ def cut_after(run_dir: Path, step: int, source: Path | None = None) -> tuple[int
         lost += sum(r.get("seconds", 0.0) for r in records if r["step"] > step)
         last = max([last, *(record["step"] for record in records)])
         text = "".join(json.dumps(record) + "\n" for record in kept.values())
-        runs.write_text(run_dir / name, text)
+        files.write_text(run_dir / name, text)
     return last - step, lost

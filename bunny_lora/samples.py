@@ -8,9 +8,10 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from bunny_lora import components, runs
+from bunny_lora import components
 from bunny_lora.config import Config, TrainingSection
-from bunny_lora.seeding import derive_seed
+from bunny_lora.core import files
+from bunny_lora.core.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,5 @@ def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> Image
 
 def save(image: Image.Image, sample: Sample) -> None:
     """Write a picture where it belongs."""
-    with runs.atomic_path(sample.path) as part:
+    with files.atomic_path(sample.path) as part:
         image.save(part)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from bunny_lora import runs
+from bunny_lora.core import files
 from bunny_lora.figures import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
 
 TABLE_WIDTH = 82
@@ -26,7 +26,7 @@ MEASURES = {
 
 def read_result(run_dir: Path) -> dict[str, Any]:
     """Return `evaluation/eval.json` of a run."""
-    return runs.read_json(run_dir / "evaluation" / "eval.json")
+    return files.read_json(run_dir / "evaluation" / "eval.json")
 
 
 def conditions(result: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bunny_lora import config as configuration
-from bunny_lora import runs
 from bunny_lora.config import Config
+from bunny_lora.core import files, paths, ranks
+from bunny_lora.core.progress import in_notebook
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.progress import in_notebook
 
 # Short names that notebooks and the command line give to keys of the configuration.
 SHORT_NAMES = {
@@ -55,8 +55,8 @@ def open_config(
     for assignment in settings or []:
         configuration.assign(overrides, assignment)
     config = configuration.load_config(path, overrides)
-    print(f"Configuration: {runs.relative(path) if path else 'no file'} ({reason})")
-    if config.source == "bunny-world" and runs.is_main_process():
+    print(f"Configuration: {paths.relative(path) if path else 'no file'} ({reason})")
+    if config.source == "bunny-world" and ranks.is_main_process():
         write_demo_film()
     return config
 
@@ -64,10 +64,10 @@ def open_config(
 def _choose(config_path: str | Path | None, finetuning: object) -> tuple[Path | None, str]:
     if config_path is not None:
         path = Path(config_path).expanduser()
-        return (path if path.is_file() else runs.resolve(path)), "named by you"
+        return (path if path.is_file() else paths.resolve(path)), "named by you"
     if finetuning is not None:
         return None, "the `finetuning` parameter over the defaults"
-    return runs.choose_params()
+    return paths.choose_params()
 
 
 def write_demo_film() -> None:
@@ -77,10 +77,10 @@ def write_demo_film() -> None:
     """
     from bunny_lora.world.film import write_film
 
-    folder = runs.demo_film_dir()
-    with runs.atomic_path(folder) as part:
+    folder = paths.demo_film_dir()
+    with files.atomic_path(folder) as part:
         write_film(part)
-    print(f"The demo's film: {runs.relative(folder)}")
+    print(f"The demo's film: {paths.relative(folder)}")
 
 
 def reject_unknown_parameters() -> None:

@@ -14,19 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from bunny_lora import runs
 from bunny_lora.captions import Box, Entry, clean, entry_from_record
-from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import (
-    SUFFIXES,
-    Finder,
-    LeftOutError,
-    inspect,
-    is_file,
-    is_folder,
-    is_inside,
-)
-from bunny_lora.progress import progress
+from bunny_lora.core import files, paths
+from bunny_lora.core.files import is_file, is_folder, is_inside
+from bunny_lora.core.progress import progress
+from bunny_lora.errors import BunnyLoraError, LeftOutError
+from bunny_lora.images import SUFFIXES, Finder, inspect
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
 METADATA = "metadata.jsonl"
@@ -83,31 +76,31 @@ def find_source(name: str = "auto") -> Path:
         return _newest_run()
     if name == "bunny-world":
         return _demo_film()
-    for path in (runs.project_root() / "outputs" / name, runs.resolve(name), Path.cwd() / name):
+    for path in (paths.project_root() / "outputs" / name, paths.resolve(name), Path.cwd() / name):
         if found := _as_source(path):
             return found
     raise BunnyLoraError(_unknown(name))
 
 
 def _all_runs() -> list[Path]:
-    return sorted(runs.project_root().glob(f"outputs/*/{RUN_JSON.as_posix()}"))
+    return sorted(paths.project_root().glob(f"outputs/*/{RUN_JSON.as_posix()}"))
 
 
 def _newest_run() -> Path:
     if found := _all_runs():
         return max(found, key=lambda path: path.stat().st_mtime)
     raise BunnyLoraError(
-        f"No stage-4 run: looked for outputs/*/{RUN_JSON.as_posix()} under {runs.project_root()}."
+        f"No stage-4 run: looked for outputs/*/{RUN_JSON.as_posix()} under {paths.project_root()}."
         " Copy a run's folder into outputs/, or name a run or a folder of pictures with `source:`"
         " (source: bunny-world is the demo's own film)."
     )
 
 
 def _demo_film() -> Path:
-    if is_file(path := runs.demo_film_dir() / RUN_JSON):
+    if is_file(path := paths.demo_film_dir() / RUN_JSON):
         return path
     raise BunnyLoraError(
-        f"The demo's film is not drawn yet: no {runs.relative(path)}. `make demo` draws it."
+        f"The demo's film is not drawn yet: no {paths.relative(path)}. `make demo` draws it."
     )
 
 
@@ -127,8 +120,8 @@ def _unknown(name: str) -> str:
     hint = f" Did you mean {near[0]}?" if near else ""
     listed = f"Runs under outputs/: {', '.join(known)}." if known else "There is no run under outputs/."
     return (
-        f"No source {name[:200]!r}: neither a run under {runs.project_root() / 'outputs'}, nor the path"
-        f" of a run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
+        f"No source {name[:200]!r}: neither a run under {paths.project_root() / 'outputs'}, nor the"
+        f" path of a run, of an llm_analysis.json, or of a folder with pictures.{hint} {listed}"
     )
 
 
@@ -165,7 +158,7 @@ def read_source(
         entries = [entry_from_record(record, n, min_confidence) for n, record in enumerate(records, 1)]
         kind, threshold = "stage-4", min_confidence
         folder = found.parent.parent if found.parent.name == RUN_JSON.parent.name else found.parent
-    finder = Finder(folder, [runs.project_root()], anywhere=allow_outside_paths)
+    finder = Finder(folder, [paths.project_root()], anywhere=allow_outside_paths)
     frames, dropped = _look_for(entries, finder)
     return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
 
@@ -205,7 +198,7 @@ def _look(finder: Finder, recorded: str) -> tuple[Path | None, tuple[int, int], 
 def _digest(raw: bytes, frames: list[Frame]) -> str:
     digest = hashlib.sha256(raw)
     for frame in frames:
-        digest.update(runs.sha256(frame.path).encode())
+        digest.update(files.sha256(frame.path).encode())
     return digest.hexdigest()
 
 

@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import bpe, runs
-from bunny_lora.seeding import derive_seed
+from bunny_lora import bpe
+from bunny_lora.core import files, paths
+from bunny_lora.core.seeding import derive_seed
 
 # Words that the stand-in's tokenizer knows as one token, about as CLIP's would.
 _TEXT = """
@@ -165,9 +166,9 @@ def standin_folder(name: str) -> Path:
 
     The large one is stored in float16, as the published weights can be: 1 GB instead of 2.
     """
-    folder = runs.project_root() / "outputs" / "standins" / name
+    folder = paths.project_root() / "outputs" / "standins" / name
     if not (folder / "model_index.json").is_file():
-        with runs.atomic_path(folder) as part:
+        with files.atomic_path(folder) as part:
             pipeline = build_pipeline(STANDINS[name])
             pipeline = pipeline.to(torch.float16) if name != "random-tiny" else pipeline
             pipeline.save_pretrained(part)

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bunny_lora import checkpoint, runs
+from bunny_lora import checkpoint
 from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import TrainingSection
+from bunny_lora.core import paths
+from bunny_lora.core.interrupts import StoppedError, StopRequest
+from bunny_lora.core.progress import progress
 from bunny_lora.errors import BunnyLoraError, LostProcessError
-from bunny_lora.interrupts import StoppedError, StopRequest
-from bunny_lora.progress import progress
 from bunny_lora.run_log import RunLog
 from bunny_lora.samples import Sample, is_milestone, samples_of
 
@@ -119,7 +120,7 @@ class Supervisor:
     def _where_it_goes_on(self) -> str:
         if not self.saved_step:
             return "No step was finished yet, so nothing was lost: the same command begins again."
-        folder = runs.relative(self.run_dir / f"checkpoint-{self.saved_step}")
+        folder = paths.relative(self.run_dir / f"checkpoint-{self.saved_step}")
         done = f"Step {self.saved_step} of {self.training.max_train_steps} is saved in {folder}"
         return f"{done}: the same command goes on from there."
 

@@ -23,14 +23,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from bunny_lora import runs
 from bunny_lora.config import Config, Section, load_config, set_key
+from bunny_lora.core import files, paths
+from bunny_lora.core.values import OwnFolder
+from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
 from bunny_lora.prepare import prepare_data
 from bunny_lora.trainer import LoRATrainer
-from bunny_lora.values import OwnFolder
-from bunny_lora.yaml_file import parse_yaml
 
 LEADERBOARD = "leaderboard.csv"
 MEASURES = ("fidelity", "separation", "consistency", "max_copy")
@@ -52,13 +52,13 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where it is trained and evaluated."""
-        return runs.resolve(self.config.output_dir)
+        return paths.resolve(self.config.output_dir)
 
     @property
     def done(self) -> bool:
         """Whether it was trained and evaluated with exactly this configuration."""
         path = self.folder / "evaluation" / "eval.json"
-        judged = runs.read_json(path)["run_info"]["config"] if path.is_file() else None
+        judged = files.read_json(path)["run_info"]["config"] if path.is_file() else None
         return judged == self.config.model_dump(mode="json")
 
 
@@ -85,11 +85,11 @@ def read_sweep(path: Path) -> tuple[Path, list[Run]]:
         overrides: dict[str, Any] = {"output_dir": f"{sweep.output_dir}/{name}"}
         for key, value in settings.items():
             set_key(overrides, key, value)
-        base = runs.resolve(sweep.config) if sweep.config else None
+        base = paths.resolve(sweep.config) if sweep.config else None
         if name in found:
             raise BunnyLoraError(f"{path}: the grid names {name} twice.")
         found[name] = Run(settings, load_config(base, overrides))
-    return runs.resolve(sweep.output_dir), list(found.values())
+    return paths.resolve(sweep.output_dir), list(found.values())
 
 
 def _told(error: ValidationError) -> list[str]:
@@ -103,7 +103,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 def work(config: Config) -> None:
     """Train and evaluate one run, or go on with it."""
-    run_dir = runs.resolve(config.output_dir)
+    run_dir = paths.resolve(config.output_dir)
     LoRATrainer(config=config).train()
     evaluate(run_dir, config=config)
 
@@ -183,20 +183,20 @@ def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
     for run in sweep:
         if not run.done:
             continue
-        measures = runs.read_json(run.folder / "evaluation" / "eval.json")["models"]["final"]["all"]
+        measures = files.read_json(run.folder / "evaluation" / "eval.json")["models"]["final"]["all"]
         row: dict[str, Any] = dict(run.settings)
         for name in MEASURES:
             found = measures[name] or {}
             row |= {name: found.get("mean")}
             row |= {f"{name}_low": found.get("low"), f"{name}_high": found.get("high")}
-        rows.append(row | {"run": runs.relative(run.folder)})
+        rows.append(row | {"run": paths.relative(run.folder)})
     rows.sort(key=lambda row: -(row["fidelity"] or 0.0))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    runs.write_text(folder / LEADERBOARD, text.getvalue())
+    files.write_text(folder / LEADERBOARD, text.getvalue())
     return rows
 
 

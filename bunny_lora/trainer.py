@@ -22,15 +22,15 @@ from bunny_lora import (
     formats,
     handover,
     identity,
-    interrupts,
     memory,
     resume,
-    run_lock,
-    runs,
     samples,
 )
 from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import Config, load_config
+from bunny_lora.core import files, interrupts, lock, paths, ranks
+from bunny_lora.core.progress import progress
+from bunny_lora.core.seeding import derive_seed
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import LoRA
 from bunny_lora.identity import Identity
@@ -39,10 +39,8 @@ from bunny_lora.learning import Learner
 from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.prepare import prepare_data, source_changed
 from bunny_lora.processes import Processes, together
-from bunny_lora.progress import progress
 from bunny_lora.resume import Start
 from bunny_lora.samples import Sample
-from bunny_lora.seeding import derive_seed
 from bunny_lora.supervision import Supervisor
 
 
@@ -65,13 +63,13 @@ class LoRATrainer:
     ) -> None:
         if config is None:
             if config_path is None:
-                config_path, reason = runs.choose_params()
-                if runs.is_main_process():
+                config_path, reason = paths.choose_params()
+                if ranks.is_main_process():
                     print(f"Configuration: {config_path or 'no file'} ({reason})")
             config = load_config(config_path, overrides)
         self.config = config
-        self.run_dir = runs.resolve(self.config.output_dir)
-        self.data_dir = runs.resolve(self.config.data_dir)
+        self.run_dir = paths.resolve(self.config.output_dir)
+        self.data_dir = paths.resolve(self.config.data_dir)
         self.group = Processes()
 
     def train(self) -> Path:
@@ -104,9 +102,9 @@ class LoRATrainer:
 
     def _take_folder(self, held: contextlib.ExitStack) -> None:
         if self.config.resume == "never":
-            with run_lock.hold(self.run_dir):
+            with lock.hold(self.run_dir):
                 resume.begin_anew(self.run_dir)
-        held.enter_context(run_lock.hold(self.run_dir))
+        held.enter_context(lock.hold(self.run_dir))
 
     def _train_what_is_left(self, final: Path) -> Path:
         with interrupts.stoppable():
@@ -116,7 +114,7 @@ class LoRATrainer:
                 self.load(start)
                 self._refuse_different_processes(about)
         if complete:
-            print(f"This run is complete: {runs.relative(final)}. Raise max_train_steps to go on.")
+            print(f"This run is complete: {paths.relative(final)}. Raise max_train_steps to go on.")
         else:
             self._train_to_the_end(about.as_dict())
         self.group.told_by_main(lambda: self._finish(final, trained=not complete))
@@ -143,7 +141,7 @@ class LoRATrainer:
     def _finish(self, final: Path, *, trained: bool) -> None:
         if trained:
             checkpoint.save_adapters(final, self.models)
-            print(f"Done: {runs.relative(final)}")
+            print(f"Done: {paths.relative(final)}")
         handover.write_handover(self.run_dir, self.config)
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
 
@@ -158,10 +156,10 @@ class LoRATrainer:
 
     def prepare_data(self) -> None:
         """Prepare the training data if there is none; say so if its source has changed since."""
-        runs.recover(self.data_dir.parent)
+        files.recover(self.data_dir.parent)
         if not (self.data_dir / "metadata.jsonl").is_file():
             summary = prepare_data(self.config)
-            print(f"Prepared {summary['n_images']} images in {runs.relative(self.data_dir)}")
+            print(f"Prepared {summary['n_images']} images in {paths.relative(self.data_dir)}")
         elif source_changed(self.config):
             print(
                 "The frames have changed since they were prepared, and training goes on with what was"
@@ -265,7 +263,7 @@ class LoRATrainer:
     def _class_images(self) -> EncodedImages:
         """Draw the class images that are missing, with the base model, and encode all."""
         prior = self.config.prior_preservation
-        folder = runs.resolve(prior.class_data_dir)
+        folder = paths.resolve(prior.class_data_dir)
         present = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
         places = ((i, folder / f"class_{i:05d}.png") for i in itertools.count())
         free = ((i, path) for i, path in places if path not in present)

@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["bunny_lora"]):
-    from bunny_lora import captions, data_summary, dataset, images, inference, stage4
+    from bunny_lora import captions, data_summary, dataset, errors, images, inference, stage4
     from bunny_lora.errors import BunnyLoraError
 
 from PIL import Image
@@ -101,7 +101,7 @@ def png(data: bytes) -> None:
         spoilt[place] = provider.ConsumeIntInRange(0, 255)
     path.write_bytes(spoilt[: provider.ConsumeIntInRange(0, len(spoilt))])
     assert inference.read_settings(path) is None or isinstance(inference.read_settings(path), dict)
-    with contextlib.suppress(images.LeftOutError):
+    with contextlib.suppress(errors.LeftOutError):
         images.inspect(path)
 
 

@@ -225,7 +225,7 @@ def test_a_crash_half_way_leaves_the_old_data_whole(root, data_dir, monkeypatch,
             dataset, "plain_bytes", lambda p: real(p) if p == frames[0].path else fail()
         )
     else:
-        monkeypatch.setattr("bunny_lora.runs._swap", fail)
+        monkeypatch.setattr("bunny_lora.core.files._swap", fail)
     with pytest.raises(BunnyLoraError, match="No space left"):
         prepare(make_source(root, *frames, digest="d2"), data_dir)
     assert contents(data_dir.parent) == before
@@ -235,7 +235,9 @@ def test_a_crash_before_the_summary_heals_itself(root, data_dir, monkeypatch):
     prepare(make_source(root), data_dir)
     changed = make_source(root, make_frame(root / "outputs" / "run" / "new.jpg"), digest="d2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("bunny_lora.runs.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "bunny_lora.core.files.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         prepare(changed, data_dir)
     assert prepare(changed, data_dir)["input_sha256"] == "d2"
     assert prepare(changed, data_dir)["unchanged"]
@@ -284,7 +286,7 @@ def test_work_by_hand_is_refused_and_with_overwrite_kept_beside(root, data_dir, 
         edit(data_dir)
 
 
-@pytest.mark.parametrize("step", ["bunny_lora.dataset.plain_bytes", "bunny_lora.runs._swap"])
+@pytest.mark.parametrize("step", ["bunny_lora.dataset.plain_bytes", "bunny_lora.core.files._swap"])
 def test_a_failed_overwrite_leaves_the_work_in_its_place(root, data_dir, monkeypatch, step):
     prepare(make_source(root), data_dir)
     edit_captions(data_dir)

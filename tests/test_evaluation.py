@@ -7,8 +7,9 @@ import torch
 from conftest import draw_frames
 from PIL import Image, ImageDraw
 
-from bunny_lora import adapters, components, dataset, evaluation, inference, protocol, runs
+from bunny_lora import adapters, components, dataset, evaluation, inference, protocol
 from bunny_lora.config import load_config
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.stage4 import Frame, Source
 
@@ -63,7 +64,7 @@ def root(tmp_path_factory):
         patch.setenv("BUNNY_LORA_ROOT", str(root))
         write_data(root)
         run = root / "outputs" / "run"
-        runs.write_text(run / "config.yaml", load_config(overrides=SETTINGS).to_yaml())
+        files.write_text(run / "config.yaml", load_config(overrides=SETTINGS).to_yaml())
         for folder, strength in (("checkpoint-5", 0.05), ("checkpoint-10", 0.1), ("final", 0.1)):
             write_adapters(run / folder, strength)
         yield root

@@ -13,17 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
 
-from bunny_lora import (
-    adapters,
-    cli,
-    components,
-    export,
-    formats,
-    handover,
-    inference,
-    runs,
-    standins,
-)
+from bunny_lora import adapters, cli, components, export, formats, handover, inference, standins
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.formats import Module
 
@@ -44,9 +35,9 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = [
         {"file_name": p.name, "characters": ["ellie"], "faces": []} for p in data_dir.glob("*.png")
     ]
-    runs.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
+    files.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
     config = tiny_config(tiny_model, data_dir=str(data_dir))
-    runs.write_text(folder / "config.yaml", config.to_yaml())
+    files.write_text(folder / "config.yaml", config.to_yaml())
     handover.write_handover(folder, config)
     pipe = inference.load_lora_pipeline(lora_weights_dir=folder)
     image = inference.generate_image(pipe, "ellie", **FAST)
@@ -54,7 +45,7 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     all_scores = {"fidelity": {"mean": 0.25, "low": None, "high": None, "n": 1}}
     scores = {"settings": {"features": "palette"}, "warning": None}
     scores |= {"models": {name: {"all": all_scores} for name in ("base", "final")}}
-    runs.write_json(folder / "evaluation" / "eval.json", scores)
+    files.write_json(folder / "evaluation" / "eval.json", scores)
     return folder
 
 

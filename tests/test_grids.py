@@ -5,8 +5,9 @@ from PIL import Image
 from test_figures import assert_readable, n_pictures, texts
 from test_scores import make_result
 
-from bunny_lora import report, runs
+from bunny_lora import report
 from bunny_lora.config import load_config
+from bunny_lora.core.files import write_json, write_text
 
 
 @pytest.fixture
@@ -14,14 +15,14 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("BUNNY_LORA_ROOT", str(tmp_path))
     folder = tmp_path / "outputs" / "run"
     prompts = {"validation_prompt": ["rex, $5 and $6", "ellie"]}
-    runs.write_text(folder / "config.yaml", load_config(overrides={"training": prompts}).to_yaml())
+    write_text(folder / "config.yaml", load_config(overrides={"training": prompts}).to_yaml())
     for step in (5, 20):
         for name in ("00-0.png", "00-1.png", "01-0.png"):
             path = folder / "samples" / f"step-{step:06d}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), "#9a9a96").save(path)
     result = make_result(["rex", "ellie"])
-    runs.write_json(folder / "evaluation" / "eval.json", result)
+    write_json(folder / "evaluation" / "eval.json", result)
     crops = [file for files in result["training_crops"].values() for file in files]
     for file in [*crops, *(picture["file"] for picture in result["pictures"])]:
         path = folder / "evaluation" / file
@@ -74,6 +75,6 @@ def test_a_prompt_without_a_name_says_that_it_should_not_change(run):
     for picture in result["pictures"]:
         if picture["character"] == "ellie":
             picture |= {"character": "-", "prompt": "waving"}
-    runs.write_json(run / "evaluation" / "eval.json", result)
+    write_json(run / "evaluation" / "eval.json", result)
     shown = [text.replace("\n", " ") for text in texts(report.before_after_grid(run))]
     assert "waving (names nobody: should not change)" in shown and "rex, waving" in shown

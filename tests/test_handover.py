@@ -10,8 +10,9 @@ from conftest import draw_frames, tiny_config
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-from bunny_lora import inference, runs
+from bunny_lora import inference
 from bunny_lora.config import Config
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
 from bunny_lora.handover import read_handover, write_handover
@@ -27,7 +28,7 @@ def config(project: Path, tiny_model: str) -> Config:
         {"file_name": p.name, "characters": ["ellie"], "faces": []} for p in data_dir.glob("*.png")
     ]
     images[0]["characters"].append("rex")
-    runs.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
+    files.write_json(data_dir.parent / "data_summary.json", {"schema_version": 1, "images": images})
     return tiny_config(tiny_model, training={"max_train_steps": 2})
 
 

@@ -10,8 +10,9 @@ from peft import PeftModel
 from PIL import Image
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, components, formats, inference, runs
+from bunny_lora import adapters, components, formats, inference
 from bunny_lora.config import Config
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 
 FAST = {"num_inference_steps": 2, "width": 64, "height": 64}
@@ -26,7 +27,7 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shake(getattr(parts, part))
         adapters.save_adapter(peft_model, folder / "final" / part)
     config = Config(base_model=tiny_model, training={"mixed_precision": "no"})
-    runs.write_text(folder / "config.yaml", config.to_yaml())
+    files.write_text(folder / "config.yaml", config.to_yaml())
     return folder
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from bunny_lora import interrupts
+from bunny_lora.core import interrupts
 from bunny_lora.errors import BunnyLoraError
 
 

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from bunny_lora import latents
+from bunny_lora.core.files import write_json
 from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
-from bunny_lora.runs import write_json
 
 N_IMAGES = 5
 

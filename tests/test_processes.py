@@ -16,9 +16,11 @@ from conftest import draw_frames, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import checkpoint, report, run_log, runs
+from bunny_lora import checkpoint, report, run_log
 from bunny_lora.batch import draw_batch, weights_identity
 from bunny_lora.config import Config
+from bunny_lora.core import ranks
+from bunny_lora.core.files import read_json
 from bunny_lora.evaluation import evaluate
 from bunny_lora.inference import load_lora_pipeline
 from bunny_lora.processes import Processes
@@ -142,7 +144,7 @@ def test_a_run_goes_on_in_another_number_of_processes(
     (told, _) = finished(2, "train", "--config", path)
     assert "processes: 1 before, 2 now" in told
     assert_same_but_for_rounding(project / "parts", project / "whole")
-    history = runs.read_json(project / "parts" / "checkpoint-4" / checkpoint.STATE)["history"]
+    history = read_json(project / "parts" / "checkpoint-4" / checkpoint.STATE)["history"]
     assert [entry["environment"]["processes"] for entry in history] == ["3", "1", "2"]
 
 
@@ -156,7 +158,7 @@ def test_evaluation_and_batches_are_shared_and_come_out_the_same(
     prompts.write_text("ellie\nrex, waving\nphil\n")
 
     shared = finished(2, "evaluate", "--config", path)
-    by_two = runs.read_json(project / "run" / "evaluation" / "eval.json")
+    by_two = read_json(project / "run" / "evaluation" / "eval.json")
     files = [project / "run" / "evaluation" / p["file"] for p in by_two["pictures"]]
     pixels = [np.asarray(Image.open(file)) for file in files]
     for file in files:
@@ -303,6 +305,6 @@ def test_shares_are_fair_and_leave_nothing_out() -> None:
 
 def test_a_rank_without_company_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert runs.is_main_process()
+    assert ranks.is_main_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not runs.is_main_process()
+    assert not ranks.is_main_process()

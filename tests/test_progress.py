@@ -2,8 +2,8 @@ import io
 import re
 import sys
 
-from bunny_lora import progress as module
-from bunny_lora.progress import progress
+from bunny_lora.core import progress as module
+from bunny_lora.core.progress import progress
 
 
 class Terminal(io.StringIO):

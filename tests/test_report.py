@@ -8,8 +8,9 @@ from conftest import draw_frames
 from PIL import Image
 from test_figures import assert_readable, n_pictures, texts
 
-from bunny_lora import dataset, report, runs, standins
+from bunny_lora import dataset, report, standins
 from bunny_lora.config import load_config
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.stage4 import Dropped, Frame, Source
 
@@ -19,7 +20,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("BUNNY_LORA_ROOT", str(tmp_path))
     folder = tmp_path / "outputs" / "run"
     config = load_config(overrides={"training": {"max_train_steps": 40}})
-    runs.write_text(folder / "config.yaml", config.to_yaml())
+    files.write_text(folder / "config.yaml", config.to_yaml())
     (folder / "checkpoint-20").mkdir()
     (folder / "checkpoint-5").mkdir()
     log = [

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 
 import bunny_lora
-from bunny_lora import runs
+from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
 
 
@@ -33,7 +33,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "checkout"
     for name in ("params", "notebooks", "bunny_lora"):
         (root / name).mkdir(parents=True)
-    monkeypatch.setattr(runs, "PACKAGE_DIR", root / "bunny_lora")
+    monkeypatch.setattr(paths, "PACKAGE_DIR", root / "bunny_lora")
     return root
 
 
@@ -49,53 +49,53 @@ def outside(project, checkout, tmp_path, monkeypatch) -> Path:
 
 def test_the_environment_variable_names_the_root(outside, project, monkeypatch):
     monkeypatch.setenv("BUNNY_LORA_ROOT", os.path.relpath(project))
-    assert runs.project_root() == project
+    assert paths.project_root() == project
 
 
 def test_a_host_pipelines_working_folder_is_the_root(outside, project, monkeypatch):
     host = project / "notebooks" / "host"  # Even inside another project.
     host.mkdir()
     monkeypatch.chdir(host)
-    assert runs.project_root() == project
+    assert paths.project_root() == project
     (host / "config.yaml").write_text("pipeline: {}\nfinetuning: {}\n", encoding="utf-8")
-    assert runs.project_root() == host
+    assert paths.project_root() == host
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_only_a_config_with_a_finetuning_section_makes_a_host(outside, checkout, encoding):
     (outside / "config.yaml").write_text("pipeline:\n  finetuning: {}\n", encoding=encoding)
-    assert runs.project_root() == checkout
+    assert paths.project_root() == checkout
     (outside / "config.yaml").write_text("finetuning: {}\n", encoding=encoding)
-    assert runs.project_root() == outside
+    assert paths.project_root() == outside
 
 
 @pytest.mark.parametrize("inner", [".", "notebooks", "outputs/run/deep"])
 def test_the_root_is_found_from_any_folder_inside_it(outside, project, monkeypatch, inner):
     (project / inner).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(project / inner)
-    assert runs.project_root() == project
+    assert paths.project_root() == project
 
 
 def test_elsewhere_the_root_is_the_checkout_the_package_comes_from(outside, checkout):
-    assert runs.project_root() == checkout
+    assert paths.project_root() == checkout
 
 
 def test_without_a_checkout_the_root_is_the_working_folder(outside, monkeypatch):
-    monkeypatch.setattr(runs, "PACKAGE_DIR", outside / "site-packages" / "bunny_lora")
-    assert runs.project_root() == outside
+    monkeypatch.setattr(paths, "PACKAGE_DIR", outside / "site-packages" / "bunny_lora")
+    assert paths.project_root() == outside
 
 
 def test_relative_paths_start_at_the_root_and_absolute_ones_stay(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project / "notebooks")
-    assert runs.resolve("outputs/x") == project / "outputs" / "x"
-    assert runs.resolve(tmp_path / "elsewhere") == tmp_path / "elsewhere"
-    assert runs.resolve("~/films") == Path.home() / "films"
+    assert paths.resolve("outputs/x") == project / "outputs" / "x"
+    assert paths.resolve(tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    assert paths.resolve("~/films") == Path.home() / "films"
 
 
 def test_paths_are_shown_from_the_root_and_nothing_shows_the_home_folder(project, monkeypatch):
-    assert runs.relative(project / "outputs" / "x") == "outputs/x"
+    assert paths.relative(project / "outputs" / "x") == "outputs/x"
     monkeypatch.setattr(Path, "home", lambda: project.parent)
-    assert runs.relative(project.parent / "films" / "a.png") == "a.png"
+    assert paths.relative(project.parent / "films" / "a.png") == "a.png"
 
 
 # Which configuration runs
@@ -115,23 +115,23 @@ def analysis(run: Path) -> None:
 
 
 def test_without_frames_of_ones_own_the_demo_runs(params):
-    path, reason = runs.choose_params()
+    path, reason = paths.choose_params()
     assert path == params / "demo.yaml"
     assert "the demo runs" in reason
 
 
 def test_the_demos_own_film_and_data_never_count_as_the_users(params, project):
-    analysis(runs.demo_film_dir())
+    analysis(paths.demo_film_dir())
     prepared = project / "outputs" / "demo" / "training_data" / "instance_images"
     prepared.mkdir(parents=True)
     (prepared / "metadata.jsonl").touch()
-    assert not runs.has_user_data()
-    assert runs.choose_params()[0] == params / "demo.yaml"
+    assert not paths.has_user_data()
+    assert paths.choose_params()[0] == params / "demo.yaml"
 
 
 def test_a_stage_4_run_counts_as_the_users_frames(params, project):
     analysis(project / "outputs" / "my_film")
-    path, reason = runs.choose_params()
+    path, reason = paths.choose_params()
     assert path == params / "cpu.yaml"
     assert "your own frames" in reason
 
@@ -139,15 +139,15 @@ def test_a_stage_4_run_counts_as_the_users_frames(params, project):
 def test_prepared_data_counts_as_the_users_frames(params, project):
     prepared = project / "training_data" / "instance_images"
     prepared.mkdir(parents=True)
-    assert runs.choose_params()[0] == params / "demo.yaml"
+    assert paths.choose_params()[0] == params / "demo.yaml"
     (prepared / "metadata.jsonl").touch()
-    assert runs.choose_params()[0] == params / "cpu.yaml"
+    assert paths.choose_params()[0] == params / "cpu.yaml"
 
 
 def test_a_host_config_in_the_working_folder_wins_over_found_frames(params, project):
     analysis(project / "outputs" / "my_film")
     (project / "config.yaml").write_text("finetuning: {}\n", encoding="utf-8")
-    path, reason = runs.choose_params()
+    path, reason = paths.choose_params()
     assert path == project / "config.yaml"
     assert "working folder" in reason
 
@@ -156,13 +156,13 @@ def test_the_environment_variable_wins_over_everything(params, project, monkeypa
     (project / "config.yaml").write_text("finetuning: {}\n", encoding="utf-8")
     monkeypatch.chdir(project / "notebooks")
     monkeypatch.setenv("BUNNY_LORA_PARAMS", "params/smoke.yaml")
-    path, reason = runs.choose_params()
+    path, reason = paths.choose_params()
     assert path == params / "smoke.yaml"
     assert "BUNNY_LORA_PARAMS" in reason
 
 
 def test_without_a_params_folder_the_defaults_run(project):
-    path, reason = runs.choose_params()
+    path, reason = paths.choose_params()
     assert path is None
     assert "built-in defaults" in reason
 
@@ -172,19 +172,19 @@ def test_without_a_params_folder_the_defaults_run(project):
 
 def test_a_file_appears_whole_and_its_folder_is_made(tmp_path):
     path = tmp_path / "new" / "deep" / "a.json"
-    runs.write_json(path, {"name": "Häsin"})
+    files.write_json(path, {"name": "Häsin"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Häsin"}
     assert "Häsin" in path.read_text(encoding="utf-8")
     assert not leftovers(tmp_path)
 
 
 def test_a_relative_path_is_written_in_the_working_folder(project):
-    runs.write_text(Path("note.txt"), "new")
+    files.write_text(Path("note.txt"), "new")
     assert (project / "note.txt").read_text(encoding="utf-8") == "new"
 
 
 def test_a_file_is_not_seen_under_its_name_before_the_block_ends(tmp_path):
-    with runs.atomic_path(tmp_path / "a.txt") as part:
+    with files.atomic_path(tmp_path / "a.txt") as part:
         part.write_text("half", encoding="utf-8")
         assert not (tmp_path / "a.txt").exists()
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "half"
@@ -193,8 +193,8 @@ def test_a_file_is_not_seen_under_its_name_before_the_block_ends(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failing_block_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
     path = tmp_path / "a.txt"
-    runs.write_text(path, "old")
-    with pytest.raises(error), runs.atomic_path(path) as part:
+    files.write_text(path, "old")
+    with pytest.raises(error), files.atomic_path(path) as part:
         part.write_text("half", encoding="utf-8")
         raise error
     assert path.read_text(encoding="utf-8") == "old"
@@ -204,7 +204,7 @@ def test_a_failing_block_keeps_the_old_file_and_leaves_nothing(tmp_path, error):
 def test_a_folder_replaces_the_old_one_whole(tmp_path):
     folder = tmp_path / "final"
     for content in (["a", "gone"], ["a", "new"]):
-        with runs.atomic_path(folder) as part:
+        with files.atomic_path(folder) as part:
             (part / "unet").mkdir(parents=True)
             for name in content:
                 (part / "unet" / name).write_text(name, encoding="utf-8")
@@ -214,10 +214,10 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path):
 
 def test_a_failing_block_keeps_the_old_folder_and_leaves_nothing(tmp_path):
     folder = tmp_path / "final"
-    with runs.atomic_path(folder) as part:
+    with files.atomic_path(folder) as part:
         part.mkdir()
         (part / "old").touch()
-    with pytest.raises(ValueError, match="stop"), runs.atomic_path(folder) as part:
+    with pytest.raises(ValueError, match="stop"), files.atomic_path(folder) as part:
         part.mkdir()
         (part / "new").touch()
         raise ValueError("stop")
@@ -234,17 +234,17 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error", str(target))
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(BunnyLoraError, match="Input/output error"), runs.atomic_path(folder) as part:
+    with pytest.raises(BunnyLoraError, match="Input/output error"), files.atomic_path(folder) as part:
         part.mkdir()
     assert names(folder) == ["old"]
     assert names(tmp_path) == ["final"]
 
 
 def test_a_full_disk_is_an_error_the_user_can_mend(tmp_path):
-    runs.write_text(tmp_path / "a.txt", "old")
+    files.write_text(tmp_path / "a.txt", "old")
     with (
         pytest.raises(BunnyLoraError, match=r"a\.txt: No space left on device.*free some space"),
-        runs.atomic_path(tmp_path / "a.txt"),
+        files.atomic_path(tmp_path / "a.txt"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
@@ -252,12 +252,12 @@ def test_a_full_disk_is_an_error_the_user_can_mend(tmp_path):
 
 
 def test_a_write_that_the_system_cuts_off_keeps_the_old_file(tmp_path):
-    runs.write_text(tmp_path / "a.txt", "old")
+    files.write_text(tmp_path / "a.txt", "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
         with pytest.raises(BunnyLoraError, match="File too large"):
-            runs.write_text(tmp_path / "a.txt", "x" * (1 << 17))
+            files.write_text(tmp_path / "a.txt", "x" * (1 << 17))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
@@ -267,15 +267,15 @@ def test_a_write_that_the_system_cuts_off_keeps_the_old_file(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(BunnyLoraError, match=r"Could not write .*taken.deep.a\.txt"):
-        runs.write_text(tmp_path / "taken" / "deep" / "a.txt", "new")
+        files.write_text(tmp_path / "taken" / "deep" / "a.txt", "new")
 
 
 def test_an_error_about_another_file_is_not_taken_for_a_failed_write(tmp_path):
-    with pytest.raises(FileNotFoundError), runs.atomic_path(tmp_path / "out" / "data") as part:
+    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "out" / "data") as part:
         part.mkdir()
         (tmp_path / "frame.png").read_bytes()
     (tmp_path / "frame.png").write_text("no image", encoding="utf-8")
-    with pytest.raises(UnidentifiedImageError), runs.atomic_path(tmp_path / "out" / "data"):
+    with pytest.raises(UnidentifiedImageError), files.atomic_path(tmp_path / "out" / "data"):
         Image.open(tmp_path / "frame.png")
 
 
@@ -288,7 +288,7 @@ def test_an_error_about_another_file_is_not_taken_for_a_failed_write(tmp_path):
     ],
 )
 def test_a_full_disk_is_recognised_whoever_reports_it(tmp_path, error):
-    with pytest.raises(BunnyLoraError, match="untouched"), runs.atomic_path(tmp_path / "a"):
+    with pytest.raises(BunnyLoraError, match="untouched"), files.atomic_path(tmp_path / "a"):
         raise error
     assert not leftovers(tmp_path)
 
@@ -296,11 +296,11 @@ def test_a_full_disk_is_recognised_whoever_reports_it(tmp_path, error):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bunny_lora import runs
+from bunny_lora.core import files
 folder, replaced = Path(sys.argv[1]), Path.replace
 if sys.argv[2] == "between":
     Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
-with runs.atomic_path(folder) as part:
+with files.atomic_path(folder) as part:
     part.mkdir()
     (part / "new").touch()
     if sys.argv[2] == "within":
@@ -314,15 +314,15 @@ def test_what_a_killed_writer_leaves_is_settled_by_the_next(tmp_path, moment, le
     (tmp_path / "final" / "old").touch()
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "final"), moment], check=False)
     assert leftovers(tmp_path)
-    runs.recover(tmp_path)
+    files.recover(tmp_path)
     assert names(tmp_path / "final") == [left]
     assert names(tmp_path) == ["final"]
 
 
 def test_what_a_living_writer_is_writing_is_left_alone(tmp_path):
-    with runs.atomic_path(tmp_path / "a.txt") as part:
+    with files.atomic_path(tmp_path / "a.txt") as part:
         part.write_text("new", encoding="utf-8")
-        runs.recover(tmp_path)
+        files.recover(tmp_path)
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "new"
 
 
@@ -330,7 +330,7 @@ def test_json_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "half.json").write_text('{"a": ', encoding="utf-8")
     for name in ("half.json", "absent.json"):
         with pytest.raises(BunnyLoraError, match=name):
-            runs.read_json(tmp_path / name)
+            files.read_json(tmp_path / name)
 
 
 # Where a run came from
@@ -340,14 +340,14 @@ def test_a_digest_changes_with_content_name_and_order(tmp_path):
     for name, content in [("a", "1"), ("b", "2"), ("c", "1")]:
         (tmp_path / name).write_text(content, encoding="utf-8")
     a, b, c = (tmp_path / name for name in "abc")
-    assert len({runs.sha256(a), runs.sha256(c), runs.sha256(a, b), runs.sha256(b, a)}) == 4
-    before = runs.sha256(a, b)
+    assert len({files.sha256(a), files.sha256(c), files.sha256(a, b), files.sha256(b, a)}) == 4
+    before = files.sha256(a, b)
     b.write_text("3", encoding="utf-8")
-    assert runs.sha256(a, b) != before
+    assert files.sha256(a, b) != before
 
 
 def test_provenance_names_versions_and_no_place():
-    made_by = runs.provenance()
+    made_by = provenance.provenance()
     assert made_by["bunny_lora"] == bunny_lora.__version__
     assert made_by["libraries"]["torch"] == torch.__version__
     text = json.dumps(made_by)
@@ -364,10 +364,10 @@ def repository(tmp_path, monkeypatch) -> Path:
         monkeypatch.delenv(key)
     package = tmp_path / "repository" / "bunny_lora"
     package.mkdir(parents=True)
-    (package / "runs.py").touch()
+    (package / "errors.py").touch()
     git(package, "init", "--quiet")
     git(package, "commit", "--quiet", "--allow-empty", "--message", "A commit of somebody else")
-    monkeypatch.setattr(runs, "PACKAGE_DIR", package)
+    monkeypatch.setattr(provenance, "PACKAGE_DIR", package)
     return package
 
 
@@ -380,14 +380,14 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_provenance_names_the_commit_and_whether_anything_was_changed(repository):
-    git(repository, "add", "runs.py")
+    git(repository, "add", "errors.py")
     git(repository, "commit", "--quiet", "--message", "Add")
-    made_by = runs.provenance()
+    made_by = provenance.provenance()
     assert (made_by["commit"], made_by["dirty"]) == (git(repository, "rev-parse", "HEAD"), False)
-    (repository / "runs.py").write_text("changed", encoding="utf-8")
-    assert runs.provenance()["dirty"] is True
+    (repository / "errors.py").write_text("changed", encoding="utf-8")
+    assert provenance.provenance()["dirty"] is True
 
 
 def test_provenance_does_not_take_anothers_commit_for_its_own(repository):
-    made_by = runs.provenance()
+    made_by = provenance.provenance()
     assert (made_by["commit"], made_by["dirty"]) == (None, None)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bunny_lora.seeding import derive_seed, generator
+from bunny_lora.core.seeding import derive_seed, generator
 
 # Computed once by this function: when they change, every old run stops being reproducible.
 GOLDEN = {
@@ -27,7 +27,7 @@ def test_a_seed_never_changes_between_versions_and_machines(key, seed):
 
 
 def test_a_seed_is_the_same_in_another_process():
-    code = "from bunny_lora.seeding import derive_seed; print(derive_seed(42, 'noise', 3))"
+    code = "from bunny_lora.core.seeding import derive_seed; print(derive_seed(42, 'noise', 3))"
     command = [sys.executable, "-c", code]
     for salt in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": salt}

@@ -13,7 +13,8 @@ import torch
 from conftest import draw_frames, tiny_config
 from safetensors.torch import load_file, save_file
 
-from bunny_lora import checkpoint, interrupts, report, runs, supervision
+from bunny_lora import checkpoint, report, supervision
+from bunny_lora.core import files, interrupts
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.resume import Start
 from bunny_lora.trainer import LoRATrainer
@@ -129,7 +130,7 @@ def test_another_environment_is_told_recorded_and_not_refused(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     trainer = train(tiny_model)
     assert "threads: 1 before, 8 now" in capsys.readouterr().out
-    state = checkpoint.runs.read_json(trainer.run_dir / "checkpoint-6" / checkpoint.STATE)
+    state = checkpoint.files.read_json(trainer.run_dir / "checkpoint-6" / checkpoint.STATE)
     assert [part["after_step"] for part in state["history"]] == [0, 2]
     assert [part["environment"]["threads"] for part in state["history"]] == ["1", "8"]
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_that_the_evaluation_speaks_of_stays(tiny_model: str, data:
     trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
     judged = {"models": {"base": {}, "checkpoint-3": {}, "final": {}}}
     report_file = trainer.run_dir / "evaluation" / "eval.json"
-    at_step(trainer, 4, lambda: runs.write_json(report_file, judged))
+    at_step(trainer, 4, lambda: files.write_json(report_file, judged))
     trainer.train()
     assert names(trainer) == {"checkpoint-3", "checkpoint-6"}
 
@@ -270,7 +271,7 @@ def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
     trainer = train(tiny_model, save_minutes=None)
     folder, good = trainer.run_dir / "checkpoint-6", trainer.run_dir / "checkpoint-4"
     saved = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    about = checkpoint.runs.read_json(folder / checkpoint.STATE)
+    about = checkpoint.files.read_json(folder / checkpoint.STATE)
 
     def save() -> None:
         checkpoint.save_checkpoint(folder, trainer.state, about)
@@ -283,7 +284,7 @@ def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
         with monkeypatch.context() as patch, pytest.raises(BunnyLoraError, match="No space left"):
             count_disk_calls(patch, fail_at)
             save()
-        checkpoint.runs.recover(trainer.run_dir)
+        checkpoint.files.recover(trainer.run_dir)
         assert checkpoint.damage(folder) is None and checkpoint.damage(good) is None
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == saved
         assert not list(trainer.run_dir.rglob(".*"))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import cli, runs, sweep
+from bunny_lora import cli, sweep
 from bunny_lora.config import merge
+from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 
@@ -37,9 +38,9 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert {row["lora.rank"] for row in rows} == {"1", "2"}
     assert float(rows[0]["fidelity"]) >= float(rows[1]["fidelity"])
     for row in rows:
-        result = runs.read_json(project / row["run"] / "evaluation" / "eval.json")
+        result = files.read_json(project / row["run"] / "evaluation" / "eval.json")
         assert float(row["fidelity"]) == result["models"]["final"]["all"]["fidelity"]["mean"]
-        config = runs.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
+        config = files.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
         assert str(config["r"]) == row["lora.rank"]
     before = {path: path.stat().st_mtime_ns for path in project.glob("sweeps/a/*/final/*/*")}
     capsys.readouterr()

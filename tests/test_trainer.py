@@ -11,8 +11,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import adapters, banner, components, formats, report, runs
+from bunny_lora import adapters, banner, components, formats, report
 from bunny_lora.config import load_config
+from bunny_lora.core import paths
+from bunny_lora.core.files import read_json, write_json
 from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.loop import build_optimizer, training_loop
@@ -58,7 +60,7 @@ def test_a_run_folder_holds_everything_that_is_promised(tiny_model: str, data: P
     assert [record["step"] for record in log_of(trainer)] == [1, 2, 3, 4]
     assert log_of(trainer)[0]["n_images"] == 2 and log_of(trainer)[0]["peak_memory_gb"] > 0.1
     assert load_config(run / "config.yaml").model_dump() == trainer.config.model_dump()
-    provenance = runs.read_json(run / "provenance.json")
+    provenance = read_json(run / "provenance.json")
     assert {"commit", "dirty", "libraries", "data_sha256"} <= provenance.keys()
 
 
@@ -261,7 +263,7 @@ def test_data_is_prepared_from_the_newest_run_if_there_is_none(tiny_model: str, 
         }
         for path in sorted(frames.iterdir())
     ]
-    runs.write_json(run / "llm_analysis" / "llm_analysis.json", records)
+    write_json(run / "llm_analysis" / "llm_analysis.json", records)
     trainer = train(tiny_model, data_dir="training_data/instance_images")
     assert len(trainer.learner.images.captions) == 3
     assert (project / "training_data" / "data_summary.json").is_file()
@@ -332,7 +334,7 @@ def test_a_run_can_start_from_another_ones_weights(kind: str, tiny_model: str, d
     on = train(tiny_model, output_dir="on", lora={"start_from": str(given)}, training=still)
     before, after = weights_of(first), weights_of(on)
     assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-8) for name in before)
-    assert load_config(on.run_dir / "config.yaml").lora.start_from == runs.relative(given)
+    assert load_config(on.run_dir / "config.yaml").lora.start_from == paths.relative(given)
 
 
 def test_what_a_run_started_from_is_part_of_it(tiny_model: str, data: Path) -> None:
@@ -349,7 +351,7 @@ def test_balancing_characters_changes_which_pictures_come(tiny_model: str, data:
     rare = [
         {"file_name": f.name, "characters": ["rex"] if f == frames[0] else ["ellie"]} for f in frames
     ]
-    runs.write_json(data.parent / SUMMARY, {"schema_version": SCHEMA_VERSION, "images": rare})
+    write_json(data.parent / SUMMARY, {"schema_version": SCHEMA_VERSION, "images": rare})
     few = {"max_train_steps": 1}
     plain = train(tiny_model, output_dir="plain", training=few)
     balanced = train(tiny_model, output_dir="balanced", balance_characters=True, training=few)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bunny_lora.seeding import derive_seed
+from bunny_lora.core.seeding import derive_seed
 
 SPECIES = ("bunny", "cat", "bear", "fox", "mouse")
 FURS = ("white", "grey", "brown", "orange", "cream", "black", "pink")

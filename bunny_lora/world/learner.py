@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from bunny_lora.core.files import atomic_path, sha256
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.runs import atomic_path, sha256
 
 
 def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int = 200) -> float:

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
-from bunny_lora.runs import atomic_path, sha256
-from bunny_lora.seeding import derive_seed, generator
+from bunny_lora.core.files import atomic_path, sha256
+from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, random_picture
 from bunny_lora.world.learner import Learner, learning_rate

@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel
 
-from bunny_lora.runs import atomic_path, write_json
-from bunny_lora.seeding import generator
+from bunny_lora.core.files import atomic_path, write_json
+from bunny_lora.core.seeding import generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption

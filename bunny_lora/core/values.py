@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
 
-from bunny_lora import runs
+from bunny_lora.core import paths
 
 MAX_NUMBER = 2**63 - 1
 MAX_SHOWN = 100  # Characters of a key in a message.
@@ -26,7 +26,7 @@ def _portable(path: str) -> str:
         expanded = Path(path).expanduser()
     except RuntimeError:
         raise ValueError("starts with the home folder of an unknown user") from None
-    root, home = runs.project_root(), Path("~").expanduser()
+    root, home = paths.project_root(), Path("~").expanduser()
     if expanded.is_absolute() and expanded.is_relative_to(root):
         return expanded.relative_to(root).as_posix()
     if expanded.is_absolute() and len(home.parts) > 1 and expanded.is_relative_to(home):

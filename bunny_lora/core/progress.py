@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.notebook import tqdm_notebook
 
-from bunny_lora import runs
+from bunny_lora.core import ranks
 
 LINE_INTERVAL_SEC = 30.0
 
@@ -48,7 +48,7 @@ def progress(
     for samples and checkpoints badly.
     """
     kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
-    kw["disable"] = kw.get("disable", False) or not runs.is_main_process()
+    kw["disable"] = kw.get("disable", False) or not ranks.is_main_process()
     if in_notebook() and os.environ.get("BUNNY_LORA_PROGRESS") != "lines":
         return tqdm_notebook(iterable, **kw)
     if sys.stderr.isatty():

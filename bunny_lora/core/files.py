@@ -1,129 +1,22 @@
-"""The project root, every path under it, atomic writes, and where a run came from.
-
-All relative paths in a configuration start at the project root, never at the working folder:
-papermill starts kernels in the caller's folder, nbval in the notebook's, and both must find the same
-files.
-"""
+"""Files written whole or not at all, and read back."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-import bunny_lora
 from bunny_lora.errors import BunnyLoraError
-
-PACKAGE_DIR = Path(__file__).resolve().parent
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
-
-
-def is_config_file(path: Path) -> bool:
-    """Whether `path` is a YAML file with a `finetuning:` section at its top level."""
-    if not path.is_file():
-        return False
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    return any(line.startswith("finetuning:") for line in text.splitlines())
-
-
-def project_root() -> Path:
-    """Return the folder that relative paths start from.
-
-    In this order: `BUNNY_LORA_ROOT`; the working folder if it holds a `config.yaml` of a host
-    pipeline; the nearest folder above it with `params/` and `notebooks/`; the checkout this package
-    was installed from; the working folder.
-    """
-    if override := os.environ.get("BUNNY_LORA_ROOT"):
-        return Path(override).resolve()
-    cwd = Path.cwd()
-    if is_config_file(cwd / "config.yaml"):
-        return cwd
-    for folder in (cwd, *cwd.parents, PACKAGE_DIR.parent):
-        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
-            return folder
-    return cwd
-
-
-def resolve(path: str | Path) -> Path:
-    """Return `path` as it is if absolute, else under the project root."""
-    return project_root() / Path(path).expanduser()
-
-
-def relative(path: Path) -> str:
-    """Return `path` from the project root where it lies inside, for messages and provenance."""
-    try:
-        return path.resolve().relative_to(project_root()).as_posix()
-    except ValueError:
-        return path.name if path.is_relative_to(Path.home()) else str(path)
-
-
-def demo_film_dir() -> Path:
-    """Where the demo's own stage-4 run lies: one level too deep to be taken for a user's run."""
-    return project_root() / "outputs" / "demo" / "film"
-
-
-def has_user_data() -> bool:
-    """Whether the user has a stage-4 run or prepared data of their own (the demo's never counts)."""
-    root = project_root()
-    prepared = root / "training_data" / "instance_images" / "metadata.jsonl"
-    return prepared.is_file() or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
-
-
-def choose_params() -> tuple[Path | None, str]:
-    """Return the configuration file that runs when none is named, and the reason for it.
-
-    None means the built-in defaults: the package is installed without its `params/` folder.
-    """
-    root = project_root()
-    if override := os.environ.get("BUNNY_LORA_PARAMS"):
-        return resolve(override), "named by BUNNY_LORA_PARAMS"
-    if is_config_file(Path.cwd() / "config.yaml"):
-        return Path.cwd() / "config.yaml", "found in the working folder"
-    if has_user_data():
-        path, reason = root / "params" / "cpu.yaml", "found your own frames"
-    else:
-        path, reason = root / "params" / "demo.yaml", "no frames of your own yet, so the demo runs"
-    return (path, reason) if path.is_file() else (None, f"built-in defaults, {path.name} not found")
-
-
-def n_processes() -> int:
-    """Return how many processes were launched together, this one included."""
-    return _launched("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") or 1
-
-
-def is_main_process() -> bool:
-    """Whether this is, of those, the one that writes and talks."""
-    rank = _launched("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    return rank == 0 or n_processes() == 1
-
-
-def _launched(*names: str) -> int:
-    """Return what torchrun or MPI's launchers, in accelerate's order, have put into the environment."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
-
-
-@contextlib.contextmanager
-def quiet_unless_main() -> Iterator[None]:
-    """Let only the main process print."""
-    with contextlib.ExitStack() as stack:
-        if not is_main_process():
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
 
 
 @contextlib.contextmanager
@@ -287,24 +180,23 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(PACKAGE_DIR), *arguments]
+def is_inside(path: Path, folders: Sequence[Path]) -> bool:
+    """Whether `path` really lies in one of the resolved `folders`, symlinks and `..` followed."""
+    real = path.resolve()
+    return any(real.is_relative_to(folder) for folder in folders)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; False, not an error, for names that no file can have."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
-def provenance() -> dict[str, Any]:
-    """Return what made this run: commit, dirty or not, versions, machine. No path, no secret."""
-    # Installed into someone else's repository, say its .venv, we are not what git tracks there.
-    tracked = _git("ls-files", "--error-unmatch", "runs.py") is not None
-    status = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
-    return {
-        "bunny_lora": bunny_lora.__version__,
-        "commit": _git("rev-parse", "HEAD") if tracked else None,
-        "dirty": None if status is None else bool(status),
-        "python": sys.version.split()[0],
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; likewise."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bunny_lora import runs
+from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 
 LOCK = ".lock"
@@ -36,7 +36,7 @@ def hold(run_dir: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BunnyLoraError(
-            f"{runs.relative(run_dir)} is being written by {_writer(path)}. One run folder has one"
+            f"{paths.relative(run_dir)} is being written by {_writer(path)}. One run folder has one"
             " writer: wait for it, stop it, or set output_dir to another folder."
         ) from None
     except OSError as error:

@@ -1,0 +1,1 @@
+"""What a run stands on, without torch: paths, files, provenance, ranks, lock, values, seeds."""

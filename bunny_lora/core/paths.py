@@ -1,0 +1,81 @@
+"""The project root, every path under it, atomic writes, and where a run came from.
+
+All relative paths in a configuration start at the project root, never at the working folder:
+papermill starts kernels in the caller's folder, nbval in the notebook's, and both must find the same
+files.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE_DIR = Path(__file__).resolve().parents[1]
+
+
+def is_config_file(path: Path) -> bool:
+    """Whether `path` is a YAML file with a `finetuning:` section at its top level."""
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return any(line.startswith("finetuning:") for line in text.splitlines())
+
+
+def project_root() -> Path:
+    """Return the folder that relative paths start from.
+
+    In this order: `BUNNY_LORA_ROOT`; the working folder if it holds a `config.yaml` of a host
+    pipeline; the nearest folder above it with `params/` and `notebooks/`; the checkout this package
+    was installed from; the working folder.
+    """
+    if override := os.environ.get("BUNNY_LORA_ROOT"):
+        return Path(override).resolve()
+    cwd = Path.cwd()
+    if is_config_file(cwd / "config.yaml"):
+        return cwd
+    for folder in (cwd, *cwd.parents, PACKAGE_DIR.parent):
+        if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
+            return folder
+    return cwd
+
+
+def resolve(path: str | Path) -> Path:
+    """Return `path` as it is if absolute, else under the project root."""
+    return project_root() / Path(path).expanduser()
+
+
+def relative(path: Path) -> str:
+    """Return `path` from the project root where it lies inside, for messages and provenance."""
+    try:
+        return path.resolve().relative_to(project_root()).as_posix()
+    except ValueError:
+        return path.name if path.is_relative_to(Path.home()) else str(path)
+
+
+def demo_film_dir() -> Path:
+    """Where the demo's own stage-4 run lies: one level too deep to be taken for a user's run."""
+    return project_root() / "outputs" / "demo" / "film"
+
+
+def has_user_data() -> bool:
+    """Whether the user has a stage-4 run or prepared data of their own (the demo's never counts)."""
+    root = project_root()
+    prepared = root / "training_data" / "instance_images" / "metadata.jsonl"
+    return prepared.is_file() or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
+
+
+def choose_params() -> tuple[Path | None, str]:
+    """Return the configuration file that runs when none is named, and the reason for it.
+
+    None means the built-in defaults: the package is installed without its `params/` folder.
+    """
+    root = project_root()
+    if override := os.environ.get("BUNNY_LORA_PARAMS"):
+        return resolve(override), "named by BUNNY_LORA_PARAMS"
+    if is_config_file(Path.cwd() / "config.yaml"):
+        return Path.cwd() / "config.yaml", "found in the working folder"
+    if has_user_data():
+        path, reason = root / "params" / "cpu.yaml", "found your own frames"
+    else:
+        path, reason = root / "params" / "demo.yaml", "no frames of your own yet, so the demo runs"
+    return (path, reason) if path.is_file() else (None, f"built-in defaults, {path.name} not found")
