@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from bunny_lora import banner, checkpoint, components
+from bunny_lora import banner, checkpoint
 from bunny_lora.config import validate
+from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.world.film import write_film
 
@@ -126,7 +127,7 @@ def measure(base_model: str, resolution: int) -> Measured:
     encode_sec = median_sec(lambda: components.encode_images(parts.vae, pixels))
     trainer._set_training_mode(True)
     trials = [banner.time_trial(trainer.learner, trainer.optimizer) for _ in range(N_REPEATS)]
-    memory_gb = banner.peak_memory_gb(parts.device)
+    memory_gb = devices.peak_memory_gb(parts.device)
     trainer._set_training_mode(False)
 
     def draw(n_steps: int) -> Callable[[], object]:

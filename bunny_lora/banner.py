@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch.optim import Optimizer
 
-from bunny_lora import adapters
 from bunny_lora.core import paths
 from bunny_lora.learning import Learner
-from bunny_lora.standins import STANDINS
+from bunny_lora.model import adapters
+from bunny_lora.model.devices import peak_memory_gb
+from bunny_lora.model.random_models import STANDINS
 
 if TYPE_CHECKING:
     from bunny_lora.trainer import LoRATrainer
@@ -27,18 +27,6 @@ class Trial:
 
     micro_batch_sec: float
     forward_sec: float
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory used so far in GB (10^9 bytes): of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource  # Unix only
-    except ImportError:
-        return psutil.Process().memory_info().peak_wset / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if psutil.MACOS else 1024) / 1e9
 
 
 def time_trial(learner: Learner, optimizer: Optimizer) -> Trial:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora import adapters
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters
 
 STATE, OPTIMIZER = "training_state.json", "optimizer.safetensors"
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it

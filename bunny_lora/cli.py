@@ -280,7 +280,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from bunny_lora.components import resolve_device
+    from bunny_lora.model.devices import resolve_device
     from bunny_lora.world.pretrain_clip import pretrain_clip
     from bunny_lora.world.pretrain_reader import pretrain_reader
     from bunny_lora.world.pretrain_sd import pretrain_sd
@@ -301,7 +301,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from bunny_lora.components import WORLD_WEIGHTS
+    from bunny_lora.model.components import WORLD_WEIGHTS
     from bunny_lora.world.pretrain_reader import pretrain_reader
     from bunny_lora.world.quality import measure
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import components, handover, inference, metrics, processes, protocol, standins
+from bunny_lora import handover, inference, metrics, processes, protocol
 from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.paths import resolve
@@ -24,6 +24,7 @@ from bunny_lora.core.provenance import provenance
 from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
 from bunny_lora.images import crop_around, open_rgb
+from bunny_lora.model import devices, random_models
 from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
 
 SCHEMA_VERSION = 1
@@ -75,7 +76,7 @@ def evaluate(
     run_dir = resolve(run_dir)
     config = config or load_config(run_dir / "config.yaml")
     data_dir = resolve(data_dir or config.data_dir)
-    device = components.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     look = load_features(config.evaluation.features, device.type)
     with processes.together(device) as group:
         models = protocol.find_models(run_dir, config)
@@ -99,7 +100,7 @@ def _judge(
     result = {
         "schema_version": SCHEMA_VERSION,
         "base_model": identity["base_model"],
-        "warning": RANDOM if identity["base_model"] in standins.STANDINS else None,
+        "warning": RANDOM if identity["base_model"] in random_models.STANDINS else None,
         "run_info": run_info(run_dir, config) | {"final": identity},
         "settings": settings(config, data),
         **score(run_dir, plan, data, look),

@@ -17,11 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from bunny_lora import adapters, components, formats, inference
+from bunny_lora import inference
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export_about import About, model_card
-from bunny_lora.formats import DIFFUSERS_NAME, PARTS, LoRA
+from bunny_lora.model import adapters, components, formats
+from bunny_lora.model.formats import DIFFUSERS_NAME, PARTS, LoRA
 
 FORMATS = ("peft", "diffusers", "kohya", "merged", "kohya-sd1")
 USUAL = ("peft", "diffusers", "kohya")

@@ -19,8 +19,8 @@ from bunny_lora.core import paths
 from bunny_lora.core.files import read_json
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import LoRA
 from bunny_lora.handover import HANDOVER, read_handover
+from bunny_lora.model.formats import LoRA
 
 THUMBNAIL_PX = 256
 # What the hub says of the models that are usually trained on; others are named "unknown".

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
-from bunny_lora.components import BUNNY_WORLD, WORLD_WEIGHTS
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.components import BUNNY_WORLD, WORLD_WEIGHTS
 
 PALETTE_SIZE_PX = 64
 BATCH_SIZE = 16

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from bunny_lora import components
 from bunny_lora.config import Config
 from bunny_lora.core import provenance
+from bunny_lora.model import components, devices
 
 # The data's identity is its hash, not its path; the rest changes when things are written, not what.
 HARMLESS = {
@@ -70,8 +70,8 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment_of(config: Config) -> dict[str, str]:
     """Return what the last bits of a result hang on, beside its mathematics."""
-    device = components.resolve_device(config.device)
-    dtype = components.resolve_dtype(config.training.mixed_precision, device)
+    device = devices.resolve_device(config.device)
+    dtype = devices.resolve_dtype(config.training.mixed_precision, device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     made_by = provenance.provenance()
     return {

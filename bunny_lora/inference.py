@@ -12,12 +12,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from bunny_lora import adapters, components, formats
-from bunny_lora.adapter_files import read_config
 from bunny_lora.config import load_config
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.handover import HANDOVER, read_handover
+from bunny_lora.model import adapters, components, devices, formats
+from bunny_lora.model.adapter_files import read_config
 
 
 def load_lora_pipeline(
@@ -43,7 +43,7 @@ def load_lora_pipeline(
     weights = dict(given) if isinstance(given, Mapping) else {given: 1.0}
     found = {adapters.find_weights(path): weight for path, weight in weights.items()}
     first = next(iter(found), None)
-    place = components.resolve_device(device)
+    place = devices.resolve_device(device)
     if dtype is None:
         dtype = run_dtype(first, place)
     base_model = base_model or recorded_base_model(first)
@@ -101,7 +101,7 @@ def run_dtype(weights_dir: Path | None, device: torch.device) -> torch.dtype:
     if not (weights_dir.parent / "config.yaml").is_file():
         return torch.float32
     training = load_config(weights_dir.parent / "config.yaml").training
-    return components.resolve_dtype(training.mixed_precision, device)
+    return devices.resolve_dtype(training.mixed_precision, device)
 
 
 def generate_image(

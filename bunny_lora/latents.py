@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from bunny_lora.components import encode_images
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
 from bunny_lora.dataset import ImageDataset, sample_indices
+from bunny_lora.model.components import encode_images
 
 
 @dataclass(frozen=True)

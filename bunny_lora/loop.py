@@ -11,11 +11,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora import banner
 from bunny_lora.config import Config
 from bunny_lora.core import interrupts
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.learning import Learner
+from bunny_lora.model import devices
 from bunny_lora.processes import Processes
 
 
@@ -87,7 +87,7 @@ def training_loop(
             skipped=not finite,
             seconds=time.perf_counter() - started,
             n_images=images_per_step,
-            peak_memory_gb=banner.peak_memory_gb(learner.components.device),
+            peak_memory_gb=devices.peak_memory_gb(learner.components.device),
         )
 
 

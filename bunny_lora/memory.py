@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import copy
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bunny_lora.components import Components
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import devices
+from bunny_lora.model.components import Components
 
 if TYPE_CHECKING:
     from bunny_lora.trainer import LoRATrainer
@@ -148,7 +147,7 @@ def check(trainer: LoRATrainer) -> None:
 
 def _plenty(parts: Components, batch_size: int, resolution: int) -> bool:
     n_times = max(1, batch_size * (resolution / 512) ** 2)
-    return free_bytes(parts.device) > PLENTY * n_times * _weights(parts.unet)
+    return devices.free_bytes(parts.device) > PLENTY * n_times * _weights(parts.unet)
 
 
 def _lower_resolution(resolution: int) -> str:
@@ -156,7 +155,7 @@ def _lower_resolution(resolution: int) -> str:
 
 
 def _refuse_above(needed: float, parts: Components, what: str, ways: list[str]) -> None:
-    needed, free = needed + SPARE, free_bytes(parts.device)
+    needed, free = needed + SPARE, devices.free_bytes(parts.device)
     if needed <= free:
         return
     lines = "\n".join(f"  - {way}" for way in ways)
@@ -165,22 +164,3 @@ def _refuse_above(needed: float, parts: Components, what: str, ways: list[str]) 
         f" {parts.device}. Nothing was begun. Close other programs, or set one of these, the first of"
         f" them helping most:\n{lines}"
     )
-
-
-def free_bytes(device: torch.device) -> float:
-    """Return the memory that can be had without swapping: the computer's, or the GPU's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _container_bytes())
-
-
-def _container_bytes() -> float:
-    """Return what a container's limit leaves; the computer's own numbers know nothing of it."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = float((group / "memory.max").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = float((group / "memory.current").read_text()) - float(stat["inactive_file"])
-        return limit - used
-    except (OSError, ValueError, KeyError):  # No limit ("max"), or no such system.
-        return float("inf")

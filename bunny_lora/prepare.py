@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bunny_lora import components, dataset, stage4
+from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import components
 
 
 def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bunny_lora import adapters, components, inference
+from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core.files import sha256
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.model import adapters, components, devices
 from bunny_lora.processes import Processes
 
 SUBJECT = "subject"  # stands for the one character of data that names none
@@ -114,7 +115,7 @@ def slug(character: str) -> str:
 def find_models(run_dir: Path, config: Config) -> list[Model]:
     """Return base, every checkpoint by step, and final; a checkpoint equal to final is left out."""
     final = adapters.find_weights(run_dir / "final")
-    device = components.resolve_device(config.device)
+    device = devices.resolve_device(config.device)
     base_model = inference.recorded_base_model(final)
     shared = {
         "base_model": base_model,

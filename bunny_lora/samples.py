@@ -8,10 +8,10 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from bunny_lora import components
 from bunny_lora.config import Config, TrainingSection
 from bunny_lora.core import files
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.model import components
 
 
 @dataclass(frozen=True)

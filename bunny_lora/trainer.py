@@ -13,30 +13,19 @@ from diffusers.optimization import get_scheduler
 from peft import PeftModel
 from PIL import Image
 
-from bunny_lora import (
-    adapters,
-    banner,
-    checkpoint,
-    components,
-    dataset,
-    formats,
-    handover,
-    identity,
-    memory,
-    resume,
-    samples,
-)
+from bunny_lora import banner, checkpoint, dataset, handover, identity, memory, resume, samples
 from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import LoRA
 from bunny_lora.identity import Identity
 from bunny_lora.latents import EncodedImages, encode_dataset
 from bunny_lora.learning import Learner
 from bunny_lora.loop import build_optimizer, training_loop
+from bunny_lora.model import adapters, components, devices, formats
+from bunny_lora.model.formats import LoRA
 from bunny_lora.prepare import prepare_data, source_changed
 from bunny_lora.processes import Processes, together
 from bunny_lora.resume import Start
@@ -79,7 +68,7 @@ class LoRATrainer:
             StoppedError: a signal or the stop button came; the state was saved, if there was any.
             BunnyLoraError: no data, no model, impossible settings, or a run folder with another run.
         """
-        device = components.resolve_device(self.config.device)
+        device = devices.resolve_device(self.config.device)
         # A stand-in is built here: of a group of processes, transformers lets only the first save one.
         components.resolve_base_model(self.config.base_model)
         with interrupts.watch(), together(device) as self.group, contextlib.ExitStack() as held:
@@ -169,8 +158,8 @@ class LoRATrainer:
     def load(self, start: Start = Start()) -> None:  # noqa: B008
         """Load the base model, attach LoRA, encode the data, and take up the state of `start`."""
         config, training = self.config, self.config.training
-        device = components.resolve_device(config.device)
-        dtype = components.resolve_dtype(training.mixed_precision, device)
+        device = devices.resolve_device(config.device)
+        dtype = devices.resolve_dtype(training.mixed_precision, device)
         with self.group.in_turn():
             self.parts = components.load_components(config.base_model, device, dtype)
             self.base_sha256 = identity.model_sha256(self.parts)

@@ -47,10 +47,10 @@ def film_run() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Stable Diffusion folder at toy size with random weights; nobody writes into it."""
-    from bunny_lora import standins
+    from bunny_lora.model import random_models
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    standins.build_pipeline(standins.TINY).save_pretrained(folder)
+    random_models.build_pipeline(random_models.TINY).save_pretrained(folder)
     return str(folder)
 
 

@@ -11,9 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from bunny_lora import adapters, components
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters, components
 
 CPU = torch.device("cpu")
 INPUTS = (torch.linspace(-1, 1, 256).view(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 77, 32))

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, output, shake, tiny_unet
 
-from bunny_lora import adapters
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.inference import recorded_base_model
+from bunny_lora.model import adapters
 
 CONFIG, WEIGHTS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from bunny_lora import components, standins
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import components, devices, random_models
 
 CPU = torch.device("cpu")
 
@@ -71,29 +71,29 @@ def test_a_relative_model_folder_starts_at_the_project_root(project: Path, tiny_
 
 
 def test_devices_and_precisions_resolve_to_what_is_there() -> None:
-    assert components.resolve_device("cpu") == CPU
-    assert components.resolve_dtype("no", CPU) == torch.float32
-    assert components.resolve_dtype("bf16", CPU) == torch.bfloat16
-    assert components.resolve_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    assert devices.resolve_device("cpu") == CPU
+    assert devices.resolve_dtype("no", CPU) == torch.float32
+    assert devices.resolve_dtype("bf16", CPU) == torch.bfloat16
+    assert devices.resolve_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu_is_refused() -> None:
-    assert components.resolve_device("auto") == CPU
+    assert devices.resolve_device("auto") == CPU
     with pytest.raises(BunnyLoraError, match="no CUDA GPU"):
-        components.resolve_device("cuda")
+        devices.resolve_device("cuda")
 
 
 def test_the_standin_has_the_published_parameter_counts() -> None:
     with torch.device("meta"):
-        unet = standins.UNet2DConditionModel(**standins.BK_SDM_TINY.unet)
-        vae = standins._build_vae(standins.BK_SDM_TINY)
+        unet = random_models.UNet2DConditionModel(**random_models.BK_SDM_TINY.unet)
+        vae = random_models._build_vae(random_models.BK_SDM_TINY)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(323e6, rel=0.005)
     assert sum(p.numel() for p in vae.parameters()) == pytest.approx(84e6, rel=0.005)
 
 
 def test_a_standin_is_the_same_each_time_it_is_built(tiny_model: str) -> None:
-    again = standins.build_pipeline(standins.TINY)
+    again = random_models.build_pipeline(random_models.TINY)
     first = StableDiffusionPipeline.from_pretrained(tiny_model)
     for name in ("unet", "vae", "text_encoder"):
         old, new = getattr(first, name).state_dict(), getattr(again, name).state_dict()
@@ -102,9 +102,8 @@ def test_a_standin_is_the_same_each_time_it_is_built(tiny_model: str) -> None:
 
 def test_a_standins_tokenizer_is_the_same_in_another_process() -> None:
     """Hash seeds differ from process to process, and must not decide which pieces words fall into."""
-    code = (
-        "from bunny_lora import standins; print(standins.build_tokenizer().backend_tokenizer.to_str())"
-    )
+    code = "from bunny_lora.model.random_models import build_tokenizer as build; "
+    code += "print(build().backend_tokenizer.to_str())"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
@@ -113,6 +112,6 @@ def test_a_standins_tokenizer_is_the_same_in_another_process() -> None:
 
 
 def test_the_standins_tokenizer_keeps_any_text() -> None:
-    tokenizer = standins.build_tokenizer()
+    tokenizer = random_models.build_tokenizer()
     ids = tokenizer("Ellie, ünïcode 🙂").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["ellie", ",", "ünïcode", "🙂"]

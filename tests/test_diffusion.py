@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from bunny_lora import diffusion
+from bunny_lora.model import diffusion
 
 SCHEDULERS = {
     "scaled_linear": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),

@@ -7,10 +7,11 @@ import torch
 from conftest import draw_frames
 from PIL import Image, ImageDraw
 
-from bunny_lora import adapters, components, dataset, evaluation, inference, protocol
+from bunny_lora import dataset, evaluation, inference, protocol
 from bunny_lora.config import load_config
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters, components
 from bunny_lora.stage4 import Frame, Source
 
 FURS = {"rex": "#cc3333", "ellie": "#3366cc"}

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, cli, components, export, formats, handover, inference, standins
+from bunny_lora import cli, export, handover, inference
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import Module
+from bunny_lora.model import adapters, components, formats, random_models
+from bunny_lora.model.formats import Module
 
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
 
@@ -148,7 +149,7 @@ def test_the_file_for_full_stable_diffusion_is_read_back_too(
     parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
     pipe = components.pipeline_from(parts, tiny_model)
     with torch.device("meta"):
-        pipe.unet = UNet2DConditionModel(**standins.BK_SDM_TINY.unet)
+        pipe.unet = UNet2DConditionModel(**random_models.BK_SDM_TINY.unet)
     random = torch.Generator().manual_seed(0)
     lora = {
         "unet": {

@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from bunny_lora import adapters, formats, standins
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import LoRA, Module
+from bunny_lora.model import adapters, formats, random_models
+from bunny_lora.model.formats import LoRA, Module
 
 PARTS = ("unet", "text_encoder")
 
@@ -187,7 +187,7 @@ def test_bk_sdm_tinys_lora_fits_full_stable_diffusion_after_renaming() -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        small = UNet2DConditionModel(**standins.BK_SDM_TINY.unet)
+        small = UNet2DConditionModel(**random_models.BK_SDM_TINY.unet)
         full = UNet2DConditionModel(
             sample_size=64,
             block_out_channels=(320, 640, 1280, 1280),

@@ -10,10 +10,11 @@ from peft import PeftModel
 from PIL import Image
 from test_adapters import attached, shake
 
-from bunny_lora import adapters, components, formats, inference
+from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters, components, formats
 
 FAST = {"num_inference_steps": 2, "width": 64, "height": 64}
 

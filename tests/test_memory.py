@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import components, memory
+from bunny_lora import memory
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
 
 
@@ -30,7 +31,7 @@ def test_what_does_not_fit_is_refused_before_training_with_what_to_lower(
     tiny_model: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw_frames(project / "data" / "instance_images", 2)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1e6)
     monkeypatch.setattr(memory, "picture_bytes", lambda *_: -memory.SPARE)
     trainer = LoRATrainer(config=tiny_config(tiny_model, training={"batch_size": 2}))
     with pytest.raises(BunnyLoraError, match=r"(?s)0\.0 GB of memory.*checkpointing.*batch_size.*32"):
@@ -43,7 +44,7 @@ def test_pictures_that_do_not_fit_are_refused_before_the_first_is_encoded(
     tiny_model: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = draw_frames(project / "data" / "instance_images", 2)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 1e6)
     with pytest.raises(BunnyLoraError, match=r"A picture needs about .*\n  - resolution below 32"):
         LoRATrainer(config=tiny_config(tiny_model)).train()
     assert not (folder.parent / "latents").exists()
@@ -57,4 +58,4 @@ def test_a_picture_needs_four_times_as_much_at_twice_the_side(tiny_model: str) -
 
 
 def test_the_free_memory_is_a_number_of_bytes() -> None:
-    assert 1e6 < memory.free_bytes(torch.device("cpu")) < 1e14
+    assert 1e6 < devices.free_bytes(torch.device("cpu")) < 1e14

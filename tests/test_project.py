@@ -21,22 +21,39 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports what stands below it, or its neighbours where that makes no circle. A folder is one
 # name, with all that lies in it.
 LAYERS = {
-    "ground": {
-        *("errors", "core", "config"),
-        *("run_log",),
-    },
-    "data": {"stage4", "dataset", "captions", "colours", "images", "data_summary"},
-    "model": {"bpe", "standins", "components", "adapter_files", "adapters", "formats", "diffusion"},
+    "ground": {"config", "core", "errors", "run_log"},
+    "data": {"captions", "colours", "data_summary", "dataset", "images", "stage4"},
+    "model": {"model"},
     "training": {
-        *("prepare", "trainer", "inference"),
-        *("latents", "learning", "checkpoint", "identity", "resume", "banner", "memory"),
-        *("samples", "supervision", "handover", "loop", "processes"),
+        "banner",
+        "checkpoint",
+        "handover",
+        "identity",
+        "inference",
+        "latents",
+        "learning",
+        "loop",
+        "memory",
+        "prepare",
+        "processes",
+        "resume",
+        "samples",
+        "supervision",
+        "trainer",
     },
     "judgement": {
-        *("features", "metrics", "protocol", "evaluation"),
-        *("figures", "scores", "grids", "report", "export", "export_about"),
+        "evaluation",
+        "export",
+        "export_about",
+        "features",
+        "figures",
+        "grids",
+        "metrics",
+        "protocol",
+        "report",
+        "scores",
     },
-    "entry": {"batch", "sweep", "session", "cli", "__main__"},
+    "entry": {"__main__", "batch", "cli", "session", "sweep"},
 }
 SIBLINGS = ("trainer", "inference")
 # Bunny World stands beside: it uses the lowest three layers, and only the entry knows of it.

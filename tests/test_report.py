@@ -8,10 +8,11 @@ from conftest import draw_frames
 from PIL import Image
 from test_figures import assert_readable, n_pictures, texts
 
-from bunny_lora import dataset, report, standins
+from bunny_lora import dataset, report
 from bunny_lora.config import load_config
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import random_models
 from bunny_lora.stage4 import Dropped, Frame, Source
 
 
@@ -51,7 +52,7 @@ def data_dir(tmp_path, monkeypatch):
     ]
     source = Source(path.parent, "stage-4", frames, dropped, "digest", 0.5)
     folder = tmp_path / "training_data" / "instance_images"
-    dataset.prepare(source, folder, tokenizer=standins.build_tokenizer())
+    dataset.prepare(source, folder, tokenizer=random_models.build_tokenizer())
     return folder
 
 

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from bunny_lora import components
 from bunny_lora.core.files import atomic_path, read_json, write_json
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.images import crop_around
+from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, Picture, Traits, hero_picture
 from bunny_lora.world.captions import caption

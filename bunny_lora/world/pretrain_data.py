@@ -11,9 +11,9 @@ import torch
 from numpy.lib.format import open_memmap
 from torch.utils.data import DataLoader, Dataset
 
-from bunny_lora import components
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.model import components
 from bunny_lora.world.attributes import HEROES, Picture, hero_picture, random_picture
 from bunny_lora.world.renderer import render
 

@@ -29,9 +29,9 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import components, diffusion
 from bunny_lora.core.files import atomic_path, read_json, sha256, write_json
 from bunny_lora.core.seeding import derive_seed, generator
+from bunny_lora.model import components, diffusion
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption

@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from bunny_lora import components
 from bunny_lora.core.files import atomic_path
 from bunny_lora.core.seeding import derive_seed, generator
+from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.learner import Learner, learning_rate, take_up
 from bunny_lora.world.pretrain_data import (

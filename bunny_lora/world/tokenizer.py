@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from bunny_lora import bpe
 from bunny_lora.core.files import atomic_path
+from bunny_lora.model import bpe
 from bunny_lora.world.captions import MAX_WORDS, vocabulary
 
 MAX_TOKENS = MAX_WORDS + 2

@@ -21,12 +21,12 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from bunny_lora.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.config import LoRASection
 from bunny_lora.core import files, paths
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.formats import LoRA, Module, peft_config
+from bunny_lora.model.adapter_files import check_adapter, check_ranks, read_config, read_weights
+from bunny_lora.model.formats import LoRA, Module, peft_config
 
 PARTS = ("unet", "text_encoder")
 # CLIP names its layers differently from the UNet, so one list cannot serve both.

@@ -17,9 +17,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import standins
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import random_models
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -27,7 +27,7 @@ diffusers.utils.logging.disable_progress_bar()
 diffusers.utils.logging.set_verbosity_error()
 
 BUNNY_WORLD = "bunny-world"
-WORLD_WEIGHTS = Path(__file__).parent / "world" / "weights"
+WORLD_WEIGHTS = Path(__file__).parents[1] / "world" / "weights"
 """What the package brings: `sd/`, the pipeline that `base_model: bunny-world` names, and `clip/`."""
 
 
@@ -44,33 +44,6 @@ class Components:
     dtype: torch.dtype
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device for "cpu", "cuda" or "auto" (CUDA where there is one).
-
-    Raises:
-        BunnyLoraError: "cuda" without a usable GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BunnyLoraError("device: cuda, but torch sees no CUDA GPU here; use device: cpu or auto.")
-    return torch.device(name)
-
-
-def resolve_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """Return the precision of the frozen weights and of the arithmetic.
-
-    "auto" is bfloat16 where the hardware multiplies it natively (AMX or AVX-512 BF16 on a CPU), since
-    emulated bfloat16 is slower than float32; float16 on older GPUs; else float32.
-    """
-    if mixed_precision != "auto":
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def resolve_base_model(name: str) -> str:
     """Return what `from_pretrained` takes: a local folder, or a repository of the hub.
 
@@ -78,8 +51,8 @@ def resolve_base_model(name: str) -> str:
     """
     if name == BUNNY_WORLD:
         return str(WORLD_WEIGHTS / "sd")
-    if name in standins.STANDINS:
-        return str(standins.standin_folder(name))
+    if name in random_models.STANDINS:
+        return str(random_models.standin_folder(name))
     for folder in (Path(name).expanduser(), paths.resolve(name)):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
@@ -101,7 +74,7 @@ def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
         "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
         " nota-ai/bk-sdm-tiny, downloaded once with `hf download nota-ai/bk-sdm-tiny`), or, with no"
         f" download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
-        f" {' or '.join(standins.STANDINS)} (random weights: they draw noise)."
+        f" {' or '.join(random_models.STANDINS)} (random weights: they draw noise)."
     )
 
 

@@ -19,9 +19,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bunny_lora.adapter_files import CONFIG, WEIGHTS, checked, read_config, read_weights
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.adapter_files import CONFIG, WEIGHTS, checked, read_config, read_weights
 
 PARTS = ("unet", "text_encoder")
 KOHYA_PREFIXES = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}

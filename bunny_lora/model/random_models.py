@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bunny_lora import bpe
 from bunny_lora.core import files, paths
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.model import bpe
 
 # Words that the stand-in's tokenizer knows as one token, about as CLIP's would.
 _TEXT = """

@@ -1,0 +1,1 @@
+"""Stable Diffusion 1.x and its adapters: loaded, attached, saved, converted."""
