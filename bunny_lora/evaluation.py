@@ -21,9 +21,9 @@ from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
+from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
-from bunny_lora.images import crop_around, open_rgb
 from bunny_lora.model import devices, random_models
 from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
 

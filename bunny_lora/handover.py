@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bunny_lora.captions import count_tokens
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths
+from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components

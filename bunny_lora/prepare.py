@@ -7,6 +7,7 @@ from typing import Any
 from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import paths
+from bunny_lora.data import frames, writing
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
@@ -24,7 +25,7 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """
     tokenizer = components.load_tokenizer(config.base_model)
     data_dir = paths.resolve(config.data_dir)
-    return dataset.prepare(_read(config), data_dir, tokenizer=tokenizer, overwrite=overwrite)
+    return writing.prepare(_read(config), data_dir, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def source_changed(config: Config) -> bool:
@@ -38,7 +39,7 @@ def source_changed(config: Config) -> bool:
         return False  # Gone or moved: what was prepared from it is enough.
 
 
-def _read(config: Config) -> stage4.Source:
+def _read(config: Config) -> frames.Source:
     return stage4.read_source(
         stage4.find_source(config.source),
         min_confidence=config.min_confidence,

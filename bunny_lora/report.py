@@ -26,6 +26,7 @@ from bunny_lora import run_log
 from bunny_lora.config import load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import is_file
+from bunny_lora.data.images import open_rgb
 from bunny_lora.dataset import ImageDataset, known_images
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import (
@@ -44,7 +45,6 @@ from bunny_lora.figures import (
     wrap,
 )
 from bunny_lora.grids import before_after_grid, checkpoint_grid, samples_grid
-from bunny_lora.images import open_rgb
 from bunny_lora.scores import read_result, scores_chart, scores_table
 
 __all__ = [

@@ -10,55 +10,20 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from bunny_lora.captions import Box, Entry, clean, entry_from_record
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_folder, is_inside
 from bunny_lora.core.progress import progress
+from bunny_lora.data.captions import Entry, clean, entry_from_record
+from bunny_lora.data.frames import Dropped, Frame, Source
+from bunny_lora.data.images import SUFFIXES, Finder, inspect
+from bunny_lora.data.metadata import METADATA, _integer, json_lines
 from bunny_lora.errors import BunnyLoraError, LeftOutError
-from bunny_lora.images import SUFFIXES, Finder, inspect
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
-METADATA = "metadata.jsonl"
-MAX_DIGITS = 4000
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One picture to train on. `faces` are boxes (x1, y1, x2, y2) and `size` is (w, h), in pixels."""
-
-    frame_id: str
-    path: Path
-    caption: str
-    characters: tuple[str, ...]
-    confidence: float | None
-    rescued: bool
-    faces: tuple[Box, ...]
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """One entry that is not used. `reason` is `kind: detail`; `path` None without a picture."""
-
-    frame_id: str
-    path: Path | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """All that was read. `origin` is the run folder or the plain one, `kind` "stage-4" or "folder"."""
-
-    origin: Path
-    kind: str
-    frames: list[Frame]
-    dropped: list[Dropped]
-    digest: str
-    min_confidence: float | None = None
 
 
 def find_source(name: str = "auto") -> Path:
@@ -222,39 +187,12 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     return raw, records
 
 
-def _integer(digits: str) -> int | float:
-    """Python refuses to read endless numbers; one of them spoils its own entry only."""
-    return int(digits) if len(digits) < MAX_DIGITS else float(digits)
-
-
 def _pictures(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and is_file(path)
     )
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of the lines that are not blank; the value is None if it is no JSON.
-
-    Raises:
-        BunnyLoraError: the file cannot be read, or is not UTF-8.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise BunnyLoraError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line, parse_int=_integer)
-            except (ValueError, RecursionError):
-                yield number, None
 
 
 def _folder_entries(folder: Path, instance_prompt: str) -> Iterator[Entry]:

@@ -19,6 +19,7 @@ from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.data import metadata
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.identity import Identity
 from bunny_lora.latents import EncodedImages, encode_dataset
@@ -262,7 +263,7 @@ class LoRATrainer:
             sample = Sample(path, prior.class_prompt, seed)
             samples.save(samples.draw(self.pipe, self.config, sample), sample)
         used = [*present, *(path for _, path in missing)][: prior.num_class_images]
-        dataset.write_captions(folder, {path.name: prior.class_prompt for path in used})
+        metadata.write_captions(folder, {path.name: prior.class_prompt for path in used})
         return self._encode(folder, prior.class_prompt, "class")
 
     def _train_to_the_end(self, about: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["bunny_lora"]):
-    from bunny_lora import captions, data_summary, dataset, errors, images, inference, stage4
+    from bunny_lora import dataset, errors, inference, stage4
+    from bunny_lora.data import captions, images
+    from bunny_lora.data.metadata import _line
+    from bunny_lora.data.summary import Item, describe
     from bunny_lora.errors import BunnyLoraError
 
 from PIL import Image
@@ -43,11 +46,11 @@ def source(data: bytes) -> None:
     assert len(found.frames) + len(found.dropped) == len(json.loads(data, parse_int=float))
     assert all(frame.path.is_relative_to(ROOT) for frame in found.frames)
     assert all(item.reason and item.frame_id for item in found.dropped)
-    items = [data_summary.Item(f, f.path.name, f.caption, None) for f in found.frames]
-    summary = data_summary.describe(found, items, None)
+    items = [Item(f, f.path.name, f.caption, None) for f in found.frames]
+    summary = describe(found, items, None)
     json.dumps(summary, ensure_ascii=False, allow_nan=False).encode()
     for item in items:
-        dataset._line(item.file_name, item.text).encode()
+        _line(item.file_name, item.text).encode()
 
 
 def entries(data: bytes) -> None:
@@ -82,7 +85,7 @@ def metadata(data: bytes) -> None:
             read(folder)
     text = captions.clean(data.decode("utf-16" if len(data) % 2 else "utf-8", "replace"))
     if text:
-        (folder / "metadata.jsonl").write_bytes(dataset._line("a.png", text).encode())
+        (folder / "metadata.jsonl").write_bytes(_line("a.png", text).encode())
         assert dataset.ImageDataset(folder, resolution=8, center_crop=True).captions == [text]
 
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bunny_lora.dataset import prepare
+from bunny_lora.data.images import inspect, plain_bytes
+from bunny_lora.data.writing import prepare
 from bunny_lora.errors import BunnyLoraError, LeftOutError
-from bunny_lora.images import inspect, plain_bytes
 from bunny_lora.stage4 import read_source
 
 

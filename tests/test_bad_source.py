@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bunny_lora.config import validate
-from bunny_lora.dataset import load_summary, prepare
+from bunny_lora.data.writing import prepare
+from bunny_lora.dataset import load_summary
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.prepare import _read
 from bunny_lora.stage4 import find_source, read_source

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from bunny_lora.dataset import ImageDataset, prepare
+from bunny_lora.data.images import inspect, open_rgb, plain_bytes, plain_suffix
+from bunny_lora.data.writing import prepare
+from bunny_lora.dataset import ImageDataset
 from bunny_lora.errors import LeftOutError
-from bunny_lora.images import inspect, open_rgb, plain_bytes, plain_suffix
 from bunny_lora.stage4 import read_source
 
 SIDE = 40

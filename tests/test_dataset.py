@@ -14,9 +14,11 @@ from test_stage4 import film_run
 from transformers import CLIPTokenizer
 
 from bunny_lora import dataset
-from bunny_lora.dataset import ImageDataset, load_summary, prepare, sample_indices
+from bunny_lora.data.frames import Dropped, Frame, Source
+from bunny_lora.data.writing import prepare
+from bunny_lora.dataset import ImageDataset, load_summary, sample_indices
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.stage4 import Dropped, Frame, Source, read_source
+from bunny_lora.stage4 import read_source
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +288,7 @@ def test_work_by_hand_is_refused_and_with_overwrite_kept_beside(root, data_dir, 
         edit(data_dir)
 
 
-@pytest.mark.parametrize("step", ["bunny_lora.dataset.plain_bytes", "bunny_lora.core.files._swap"])
+@pytest.mark.parametrize("step", ["bunny_lora.data.writing.plain_bytes", "bunny_lora.core.files._swap"])
 def test_a_failed_overwrite_leaves_the_work_in_its_place(root, data_dir, monkeypatch, step):
     prepare(make_source(root), data_dir)
     edit_captions(data_dir)

@@ -7,12 +7,13 @@ import torch
 from conftest import draw_frames
 from PIL import Image, ImageDraw
 
-from bunny_lora import dataset, evaluation, inference, protocol
+from bunny_lora import evaluation, inference, protocol
 from bunny_lora.config import load_config
 from bunny_lora.core import files
+from bunny_lora.data import writing
+from bunny_lora.data.frames import Frame, Source
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
-from bunny_lora.stage4 import Frame, Source
 
 FURS = {"rex": "#cc3333", "ellie": "#3366cc"}
 SETTINGS = {
@@ -54,7 +55,7 @@ def write_data(root, furs=FURS):
     known = tuple(name for name in furs if name != "nobody")
     frames.append(replace(frames[0], frame_id="both", path=both, characters=known))
     source = Source(root / "film", "stage-4", frames, [], "digest")
-    dataset.prepare(source, root / "training_data" / "instance_images")
+    writing.prepare(source, root / "training_data" / "instance_images")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bunny_lora import latents
 from bunny_lora.core.files import write_json
-from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
+from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
 
 N_IMAGES = 5

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # name, with all that lies in it.
 LAYERS = {
     "ground": {"config", "core", "errors", "run_log"},
-    "data": {"captions", "colours", "data_summary", "dataset", "images", "stage4"},
+    "data": {"data", "dataset", "stage4"},
     "model": {"model"},
     "training": {
         "banner",

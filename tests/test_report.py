@@ -11,9 +11,10 @@ from test_figures import assert_readable, n_pictures, texts
 from bunny_lora import dataset, report
 from bunny_lora.config import load_config
 from bunny_lora.core import files
+from bunny_lora.data import writing
+from bunny_lora.data.frames import Dropped, Frame, Source
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
-from bunny_lora.stage4 import Dropped, Frame, Source
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def data_dir(tmp_path, monkeypatch):
     ]
     source = Source(path.parent, "stage-4", frames, dropped, "digest", 0.5)
     folder = tmp_path / "training_data" / "instance_images"
-    dataset.prepare(source, folder, tokenizer=random_models.build_tokenizer())
+    writing.prepare(source, folder, tokenizer=random_models.build_tokenizer())
     return folder
 
 

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bunny_lora.captions import name_first
+from bunny_lora.data.captions import name_first
+from bunny_lora.data.frames import Source
+from bunny_lora.data.images import open_rgb
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.images import open_rgb
-from bunny_lora.stage4 import Source, find_source, read_source
+from bunny_lora.stage4 import find_source, read_source
 
 CAPTION = "rex, a small green dinosaur in the rain"
 

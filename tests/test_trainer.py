@@ -15,7 +15,7 @@ from bunny_lora import banner, report
 from bunny_lora.config import load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import read_json, write_json
-from bunny_lora.data_summary import SCHEMA_VERSION, SUMMARY
+from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.model import adapters, components, formats

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from bunny_lora.core.files import atomic_path, read_json, write_json
 from bunny_lora.core.seeding import derive_seed
-from bunny_lora.images import crop_around
+from bunny_lora.data.images import crop_around
 from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, Picture, Traits, hero_picture

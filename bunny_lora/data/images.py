@@ -15,8 +15,8 @@ from pathlib import Path, PureWindowsPath
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from bunny_lora.colours import is_16_bit, is_srgb, to_srgb
 from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.data.colours import is_16_bit, is_srgb, to_srgb
 from bunny_lora.errors import LeftOutError
 
 # Only decoders that are pure and common: others call programs (EPS) or open further files.

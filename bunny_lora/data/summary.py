@@ -15,8 +15,8 @@ from typing import Any
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.data.frames import Frame, Source
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.stage4 import Frame, Source
 
 SCHEMA_VERSION = 1
 SUMMARY = "data_summary.json"
