@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from bunny_lora import banner, checkpoint
 from bunny_lora.config import validate
 from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import banner, checkpoint
 from bunny_lora.world.film import write_film
 
 N_REPEATS = 5

@@ -18,7 +18,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.figures import save_figure
 from bunny_lora.grids import picture_grid
 from bunny_lora.model import adapters
-from bunny_lora.processes import Processes
+from bunny_lora.training.distributed import Processes
 
 ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
 

@@ -193,8 +193,9 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from bunny_lora import batch, inference, processes
+    from bunny_lora import batch, inference
     from bunny_lora.core.progress import progress
+    from bunny_lora.training import distributed
 
     if bool(options.prompts) != bool(options.out):
         raise BunnyLoraError("--prompts FILE and --out FOLDER go together.")
@@ -213,7 +214,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.out:
         identity = batch.weights_identity(options.base_model, weights)
         out_dir = resolve(options.out)
-        with processes.together(pipe.device) as group:
+        with distributed.together(pipe.device) as group:
             paths = batch.draw_batch(pipe, prompts, seeds, out_dir, identity, group=group, **settings)
     else:
         paths = output_paths(options.output, len(prompts), seeds)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import handover, inference, metrics, processes, protocol
+from bunny_lora import inference, metrics, protocol
 from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.paths import resolve
@@ -26,6 +26,7 @@ from bunny_lora.dataset import known_images
 from bunny_lora.features import Features, load_features
 from bunny_lora.model import devices, random_models
 from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
+from bunny_lora.training import distributed, handover
 
 SCHEMA_VERSION = 1
 RANDOM = "random weights, so the pictures and numbers mean nothing"
@@ -78,7 +79,7 @@ def evaluate(
     data_dir = resolve(data_dir or config.data_dir)
     device = devices.resolve_device(config.device)
     look = load_features(config.evaluation.features, device.type)
-    with processes.together(device) as group:
+    with distributed.together(device) as group:
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir)
         plan = protocol.plan_pictures(config, list(data.crops), [model.name for model in models])

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from bunny_lora.checkpoint import STATE
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import read_json
 from bunny_lora.dataset import known_images
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.handover import HANDOVER, read_handover
 from bunny_lora.model.formats import LoRA
+from bunny_lora.training.checkpoint import STATE
+from bunny_lora.training.handover import HANDOVER, read_handover
 
 THUMBNAIL_PX = 256
 # What the hub says of the models that are usually trained on; others are named "unknown".

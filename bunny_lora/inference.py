@@ -15,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from bunny_lora.config import load_config
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.handover import HANDOVER, read_handover
 from bunny_lora.model import adapters, components, devices, formats
 from bunny_lora.model.adapter_files import read_config
+from bunny_lora.training.handover import HANDOVER, read_handover
 
 
 def load_lora_pipeline(

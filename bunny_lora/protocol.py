@@ -24,7 +24,7 @@ from bunny_lora.core.files import sha256
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import adapters, components, devices
-from bunny_lora.processes import Processes
+from bunny_lora.training.distributed import Processes
 
 SUBJECT = "subject"  # stands for the one character of data that names none
 NEUTRAL = "-"  # stands for nobody

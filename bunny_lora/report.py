@@ -22,7 +22,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
-from bunny_lora import run_log
 from bunny_lora.config import load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import is_file
@@ -46,6 +45,7 @@ from bunny_lora.figures import (
 )
 from bunny_lora.grids import before_after_grid, checkpoint_grid, samples_grid
 from bunny_lora.scores import read_result, scores_chart, scores_table
+from bunny_lora.training.log import LOG, TIMING, read_lines
 
 __all__ = [
     "before_after_grid",
@@ -220,12 +220,12 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
         BunnyLoraError: the run has no log, or nothing in it.
     """
     records: dict[int, dict[str, Any]] = {}
-    for name in (run_log.LOG, run_log.TIMING):
-        for record in run_log.read_lines(run_dir / name):
+    for name in (LOG, TIMING):
+        for record in read_lines(run_dir / name):
             records[record["step"]] = records.get(record["step"], {}) | record
     log = [records[step] for step in sorted(records) if "loss" in records[step]]
     if not log:
-        raise BunnyLoraError(f"No training steps in {run_dir / run_log.LOG}: train first.")
+        raise BunnyLoraError(f"No training steps in {run_dir / LOG}: train first.")
     for record in log:
         if record["loss"] is None:  # A step that was skipped, for its loss was not finite.
             record["loss"] = math.nan

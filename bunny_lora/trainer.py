@@ -13,25 +13,27 @@ from diffusers.optimization import get_scheduler
 from peft import PeftModel
 from PIL import Image
 
-from bunny_lora import banner, checkpoint, dataset, handover, identity, memory, resume, samples
-from bunny_lora.checkpoint import TrainingState
+from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.data import metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.identity import Identity
-from bunny_lora.latents import EncodedImages, encode_dataset
-from bunny_lora.learning import Learner
-from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.model import adapters, components, devices, formats
 from bunny_lora.model.formats import LoRA
 from bunny_lora.prepare import prepare_data, source_changed
-from bunny_lora.processes import Processes, together
-from bunny_lora.resume import Start
-from bunny_lora.samples import Sample
-from bunny_lora.supervision import Supervisor
+from bunny_lora.training import banner, checkpoint, fingerprint, handover, memory, resume, validation
+from bunny_lora.training.checkpoint import TrainingState
+from bunny_lora.training.distributed import Processes, together
+from bunny_lora.training.fingerprint import Identity
+from bunny_lora.training.latents import EncodedImages, encode_dataset
+from bunny_lora.training.loop import training_loop
+from bunny_lora.training.objective import Learner
+from bunny_lora.training.optim import build_optimizer
+from bunny_lora.training.resume import Start
+from bunny_lora.training.supervision import Supervisor
+from bunny_lora.training.validation import Sample
 
 
 class LoRATrainer:
@@ -136,7 +138,7 @@ class LoRATrainer:
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
 
     def _missing_samples(self, step: int) -> list[Sample]:
-        return samples.missing_samples(self.run_dir, self.config.training, step)
+        return validation.missing_samples(self.run_dir, self.config.training, step)
 
     def _is_complete(self, start: Start, final: Path) -> bool:
         done = start.folder is not None and start.step == self.config.training.max_train_steps
@@ -163,7 +165,7 @@ class LoRATrainer:
         dtype = devices.resolve_dtype(training.mixed_precision, device)
         with self.group.in_turn():
             self.parts = components.load_components(config.base_model, device, dtype)
-            self.base_sha256 = identity.model_sha256(self.parts)
+            self.base_sha256 = fingerprint.model_sha256(self.parts)
             start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
             memory.check_pictures(self.parts, config.resolution)
             self.pipe = components.pipeline_from(self.parts, config.base_model)
@@ -261,7 +263,7 @@ class LoRATrainer:
         for i, path in progress(missing, desc="draw class images", disable=not missing):
             seed = derive_seed(self.config.training.seed, "class image", i)
             sample = Sample(path, prior.class_prompt, seed)
-            samples.save(samples.draw(self.pipe, self.config, sample), sample)
+            validation.save(validation.draw(self.pipe, self.config, sample), sample)
         used = [*present, *(path for _, path in missing)][: prior.num_class_images]
         metadata.write_captions(folder, {path.name: prior.class_prompt for path in used})
         return self._encode(folder, prior.class_prompt, "class")
@@ -295,12 +297,12 @@ class LoRATrainer:
         self._set_training_mode(False)
         for sample, image in self.group.share(wanted, self._draw):
             if self.group.is_main:
-                samples.save(image, sample)
+                validation.save(image, sample)
         self._set_training_mode(True)
 
     def _draw(self, sample: Sample) -> Image.Image:
         with interrupts.stoppable():
-            return samples.draw(self.pipe, self.config, sample)
+            return validation.draw(self.pipe, self.config, sample)
 
     def _set_training_mode(self, training: bool) -> None:
         for part in self.models:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_stage4 import film_run
 from transformers import CLIPTokenizer
 
-from bunny_lora import dataset
+from bunny_lora.data import writing
 from bunny_lora.data.frames import Dropped, Frame, Source
 from bunny_lora.data.writing import prepare
 from bunny_lora.dataset import ImageDataset, load_summary, sample_indices
@@ -222,9 +222,9 @@ def test_a_crash_half_way_leaves_the_old_data_whole(root, data_dir, monkeypatch,
         raise OSError(28, "No space left on device")
 
     if when == "at a picture":
-        real = dataset.plain_bytes
+        real = writing.plain_bytes
         monkeypatch.setattr(
-            dataset, "plain_bytes", lambda p: real(p) if p == frames[0].path else fail()
+            writing, "plain_bytes", lambda p: real(p) if p == frames[0].path else fail()
         )
     else:
         monkeypatch.setattr("bunny_lora.core.files._swap", fail)

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
 
-from bunny_lora import cli, export, handover, inference
+from bunny_lora import cli, export, inference
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, formats, random_models
 from bunny_lora.model.formats import Module
+from bunny_lora.training import handover
 
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
 

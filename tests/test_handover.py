@@ -15,8 +15,8 @@ from bunny_lora.config import Config
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
-from bunny_lora.handover import read_handover, write_handover
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training.handover import read_handover, write_handover
 
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
 

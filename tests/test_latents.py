@@ -11,10 +11,10 @@ from conftest import draw_frames
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from bunny_lora import latents
 from bunny_lora.core.files import write_json
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
+from bunny_lora.training import latents
 
 N_IMAGES = 5
 

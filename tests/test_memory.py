@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import memory
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import memory
 
 
 def needed(tiny_model: str, **overrides: object) -> float:

@@ -16,15 +16,16 @@ from conftest import draw_frames, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import checkpoint, report, run_log
+from bunny_lora import report
 from bunny_lora.batch import draw_batch, weights_identity
 from bunny_lora.config import Config
 from bunny_lora.core import ranks
 from bunny_lora.core.files import read_json
 from bunny_lora.evaluation import evaluate
 from bunny_lora.inference import load_lora_pipeline
-from bunny_lora.processes import Processes
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import checkpoint, log
+from bunny_lora.training.distributed import Processes
 
 TRAINING = {
     "max_train_steps": 4,
@@ -223,21 +224,21 @@ def test_idle_processes_are_refused_once_and_in_words(
 def wait_for_step(run: Path, step: int) -> None:
     deadline = time.monotonic() + DEADLINE_SEC
     while time.monotonic() < deadline:
-        if len(list(run_log.read_lines(run / "log.jsonl"))) >= step:
+        if len(list(log.read_lines(run / "log.jsonl"))) >= step:
             return
         time.sleep(0.1)
     raise AssertionError(f"no step {step}")
 
 
 # What a frozen process is noticed by, in seconds instead of the better part of a minute.
-IMPATIENT = "from bunny_lora import processes; processes.LOST_AFTER_SEC = 4.0; "
+IMPATIENT = "from bunny_lora.training import distributed; distributed.LOST_AFTER_SEC = 4.0; "
 
 
 THREADS_AT_THE_END = """
 import atexit, os
 atexit.register(lambda: print(len(os.listdir("/proc/self/task"))))  # the first one comes last
 import torch
-from bunny_lora.processes import together
+from bunny_lora.training.distributed import together
 for _ in range(2):
     with together(torch.device("cpu")) as group:
         group.wait()

@@ -21,26 +21,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports what stands below it, or its neighbours where that makes no circle. A folder is one
 # name, with all that lies in it.
 LAYERS = {
-    "ground": {"config", "core", "errors", "run_log"},
+    "ground": {"config", "core", "errors"},
     "data": {"data", "dataset", "stage4"},
     "model": {"model"},
-    "training": {
-        "banner",
-        "checkpoint",
-        "handover",
-        "identity",
-        "inference",
-        "latents",
-        "learning",
-        "loop",
-        "memory",
-        "prepare",
-        "processes",
-        "resume",
-        "samples",
-        "supervision",
-        "trainer",
-    },
+    "training": {"inference", "prepare", "trainer", "training"},
     "judgement": {
         "evaluation",
         "export",

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import checkpoint
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.resume import Start
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import checkpoint
+from bunny_lora.training.resume import Start
 
 LORA = {"dropout": 0.1, "train_text_encoder": True}
 STEPS = {"save_steps": 3, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 6}

@@ -13,11 +13,12 @@ import torch
 from conftest import draw_frames, tiny_config
 from safetensors.torch import load_file, save_file
 
-from bunny_lora import checkpoint, report, supervision
+from bunny_lora import report
 from bunny_lora.core import files, interrupts
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.resume import Start
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import checkpoint, supervision
+from bunny_lora.training.resume import Start
 
 TRAINING = {"save_steps": 2, "max_train_steps": 6}
 

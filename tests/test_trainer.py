@@ -11,15 +11,17 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from bunny_lora import banner, report
+from bunny_lora import report
 from bunny_lora.config import load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.loop import build_optimizer, training_loop
 from bunny_lora.model import adapters, components, formats
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import banner
+from bunny_lora.training.loop import training_loop
+from bunny_lora.training.optim import build_optimizer
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def write_captions(folder: Path, captions: dict[str, str]) -> None:
 
 
 def read_rows(data_dir: Path, instance_prompt: str) -> list[tuple[str, str]]:
-    """Return (file name, caption) of each line; `instance_prompt` stands in for captions that are missing.
+    """Return (file name, caption) of each line, `instance_prompt` where there is no caption.
 
     Raises:
         BunnyLoraError: no such file, a line that is broken (names it), a picture that is missing.

@@ -10,10 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from bunny_lora.core import paths
-from bunny_lora.learning import Learner
 from bunny_lora.model import adapters
 from bunny_lora.model.devices import peak_memory_gb
 from bunny_lora.model.random_models import STANDINS
+from bunny_lora.training.objective import Learner
 
 if TYPE_CHECKING:
     from bunny_lora.trainer import LoRATrainer

@@ -9,9 +9,9 @@ import torch
 
 from bunny_lora.config import Config
 from bunny_lora.core.seeding import derive_seed
-from bunny_lora.latents import Batch, EncodedImages
 from bunny_lora.model import diffusion
 from bunny_lora.model.components import Components, encode_prompts
+from bunny_lora.training.latents import Batch, EncodedImages
 
 
 class PromptEncoder:

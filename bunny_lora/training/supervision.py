@@ -9,18 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bunny_lora import checkpoint
-from bunny_lora.checkpoint import TrainingState
 from bunny_lora.config import TrainingSection
 from bunny_lora.core import paths
 from bunny_lora.core.interrupts import StoppedError, StopRequest
 from bunny_lora.core.progress import progress
 from bunny_lora.errors import BunnyLoraError, LostProcessError
-from bunny_lora.run_log import RunLog
-from bunny_lora.samples import Sample, is_milestone, samples_of
+from bunny_lora.training import checkpoint
+from bunny_lora.training.checkpoint import TrainingState
+from bunny_lora.training.log import RunLog
+from bunny_lora.training.validation import Sample, is_milestone, samples_of
 
 if TYPE_CHECKING:
-    from bunny_lora.loop import StepRecord
+    from bunny_lora.training.loop import StepRecord
 
 # fp16 finds its scale by skipping a few steps in a row; more are no accident.
 MAX_SKIPPED_IN_A_ROW = 10

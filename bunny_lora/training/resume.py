@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora import checkpoint, identity, run_log
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.identity import Identity
+from bunny_lora.training import checkpoint, fingerprint, log
+from bunny_lora.training.fingerprint import Identity
 
 WAY_OUT = "Set output_dir to a new folder, or resume: never to begin anew (the old run is kept)."
 
@@ -86,12 +86,12 @@ def _refuse_another_run(run_dir: Path, now: Identity) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {WAY_OUT}")
     old_data = files.read_json(run_dir / "provenance.json").get("data_sha256")
-    settings = identity.settings_of(load_config(run_dir / "config.yaml"))
+    settings = fingerprint.settings_of(load_config(run_dir / "config.yaml"))
     _refuse(run_dir, Identity(settings, old_data, now.environment), now)
 
 
 def _refuse(folder: Path, before: Identity, now: Identity) -> None:
-    if found := identity.mathematical_differences(before, now):
+    if found := fingerprint.mathematical_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
         raise BunnyLoraError(
             f"{folder} holds a run with other settings, and going on would mix the two:\n{lines}\n"
@@ -148,7 +148,7 @@ def _read(folder: Path, now: Identity) -> Start:
     environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
     before = Identity(saved["settings"], saved["data_sha256"], environment)
     _refuse(folder, before, now)
-    if found := identity.environment_differences(before, now):
+    if found := fingerprint.environment_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
         print(
             "Warning: the run goes on in another environment than it was made in, so its numbers can"
@@ -161,7 +161,7 @@ def _read(folder: Path, now: Identity) -> Start:
 def announce(run_dir: Path, start: Start) -> None:
     """Cut the log to the state it goes on with, and say what that is and what was lost."""
     source = start.folder.parent if start.folder else None
-    n_lost, seconds = run_log.cut_after(run_dir, start.step, source)
+    n_lost, seconds = log.cut_after(run_dir, start.step, source)
     if start.folder is None and not n_lost:
         return
     place = (

@@ -11,12 +11,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora.config import Config
 from bunny_lora.core import interrupts
-from bunny_lora.errors import BunnyLoraError
-from bunny_lora.learning import Learner
 from bunny_lora.model import devices
-from bunny_lora.processes import Processes
+from bunny_lora.training.distributed import Processes
+from bunny_lora.training.objective import Learner
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,3 @@ def training_loop(
             n_images=images_per_step,
             peak_memory_gb=devices.peak_memory_gb(learner.components.device),
         )
-
-
-def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
-    """Return AdamW with torch's defaults, or bitsandbytes' 8-bit version of it.
-
-    Raises:
-        BunnyLoraError: `use_8bit_adam` without a CUDA GPU or without bitsandbytes.
-    """
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, lr=config.training.learning_rate)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise BunnyLoraError(
-            "use_8bit_adam needs the bitsandbytes package: `pip install bitsandbytes`, or set it to"
-            " false (LoRA's optimiser state is a few MB anyway)."
-        ) from None
-    if not torch.cuda.is_available():
-        raise BunnyLoraError("use_8bit_adam needs a CUDA GPU; set it to false here.")
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=config.training.learning_rate)

@@ -1,0 +1,1 @@
+"""From encoded images to adapters: the loop and all that keeps it safe."""
