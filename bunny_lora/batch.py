@@ -10,14 +10,15 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from bunny_lora import inference, protocol
+from bunny_lora import inference
 from bunny_lora.core.files import sha256
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.progress import progress
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.figures import save_figure
-from bunny_lora.grids import picture_grid
+from bunny_lora.evaluation import protocol
 from bunny_lora.model import adapters
+from bunny_lora.report.grids import picture_grid
+from bunny_lora.report.plot import save_figure
 from bunny_lora.training.distributed import Processes
 
 ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import relative, resolve
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
 from bunny_lora.session import open_config, write_demo_film
+from bunny_lora.world.cli import add_world
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
     _add_export(commands.add_parser("export", help="write trained weights for other programs"))
     _add_sweep(commands.add_parser("sweep", help="train and evaluate over a grid of settings"))
-    _add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
+    add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
     return parser
 
 
@@ -136,41 +137,12 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_sweep)
 
 
-def _add_world(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="command")
-    film = commands.add_parser("film", help="write a whole stage-4 run of a made-up film")
-    film.add_argument("--out", type=Path, required=True, help="a new folder, outputs/<run>")
-    film.add_argument("--frames", type=int, default=65, help="usable frames (65)")
-    film.add_argument("--seed", type=int, default=0)
-    film.set_defaults(run=_film)
-
-    pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
-    pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"])
-    pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
-    pretrain.add_argument("--steps", type=int, help="length of the whole training")
-    pretrain.add_argument("--batch-size", type=int, help="pictures a step")
-    pretrain.add_argument("--peak-rate", type=float, help="highest learning rate")
-    pretrain.add_argument("--start-from", type=Path, help="trained sd/ or vae/ to learn on from")
-    pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
-    pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
-    pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
-    pretrain.set_defaults(run=_pretrain)
-
-    measure = commands.add_parser(
-        "measure", help="measure Bunny World's models: the model card's table"
-    )
-    measure.add_argument("--out", type=Path, required=True, help="folder of the reader and the results")
-    measure.add_argument("--weights", type=Path, help="folder of sd/ and clip/ (the shipped ones)")
-    measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
-    measure.set_defaults(run=_measure)
-
-
 def _prepare(options: argparse.Namespace) -> None:
-    from bunny_lora import report
     from bunny_lora.prepare import prepare_data
+    from bunny_lora.report import data_figures
 
     config = open_config(options.config, settings=options.set, source=options.source)
-    print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(data_figures.dropped_text(prepare_data(config, overwrite=options.overwrite)))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -278,40 +250,3 @@ def _sweep(options: argparse.Namespace) -> None:
     print(folder / sweep.LEADERBOARD)
     if failures:
         raise BunnyLoraError(f"{len(failures)} of {len(grid)} runs failed:\n" + "\n".join(failures))
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from bunny_lora.model.devices import resolve_device
-    from bunny_lora.world.pretrain_clip import pretrain_clip
-    from bunny_lora.world.pretrain_reader import pretrain_reader
-    from bunny_lora.world.pretrain_sd import pretrain_sd
-    from bunny_lora.world.pretrain_vae import pretrain_vae
-
-    device = resolve_device(options.device).type
-    settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
-    given = {"max_steps": options.steps, "batch_size": options.batch_size}
-    given |= {"peak_rate": options.peak_rate}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    if options.start_from is not None:
-        if options.model not in ("vae", "sd"):
-            raise BunnyLoraError("--start-from is for `pretrain vae` and `pretrain sd`: leave it out.")
-        settings["start_from"] = options.start_from
-    models: dict[str, Callable[..., Path]]
-    models = {"vae": pretrain_vae, "sd": pretrain_sd, "clip": pretrain_clip, "reader": pretrain_reader}
-    print(models[options.model](options.out, stop_at=options.stop_at, **settings))
-
-
-def _measure(options: argparse.Namespace) -> None:
-    from bunny_lora.model.components import WORLD_WEIGHTS
-    from bunny_lora.world.pretrain_reader import pretrain_reader
-    from bunny_lora.world.quality import measure
-
-    reader = pretrain_reader(options.out)
-    measure(options.weights or WORLD_WEIGHTS, reader, options.out, n_images=options.images)
-    print(options.out / "quality.json")
-
-
-def _film(options: argparse.Namespace) -> None:
-    from bunny_lora.world.film import write_film
-
-    print(relative(write_film(options.out, n_frames=options.frames, seed=options.seed)))

@@ -7,12 +7,13 @@ import torch
 from conftest import draw_frames
 from PIL import Image, ImageDraw
 
-from bunny_lora import evaluation, inference, protocol
+from bunny_lora import evaluation, inference
 from bunny_lora.config import load_config
 from bunny_lora.core import files
 from bunny_lora.data import writing
 from bunny_lora.data.frames import Frame, Source
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation import protocol
 from bunny_lora.model import adapters, components
 
 FURS = {"rex": "#cc3333", "ellie": "#3366cc"}

@@ -16,6 +16,7 @@ from test_adapters import attached, shake
 from bunny_lora import cli, export, inference
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.export import model_card, writers
 from bunny_lora.model import adapters, components, formats, random_models
 from bunny_lora.model.formats import Module
 from bunny_lora.training import handover
@@ -163,16 +164,16 @@ def test_the_file_for_full_stable_diffusion_is_read_back_too(
             if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
         }
     }
-    about = export.About.of_run(run_dir / "final", tiny_model, lora)
-    job = export._Job(lora, tiny_model, pipe, about)
-    path = export._kohya_sd1(job, tmp_path)
+    about = model_card.About.of_run(run_dir / "final", tiny_model, lora)
+    job = writers._Job(lora, tiny_model, pipe, about)
+    path = writers._kohya_sd1(job, tmp_path)
     assert path.name.endswith("-experimental-for-sd1.safetensors")
     assert len(load_file(path)) == 3 * 72
     assert len(pipe.unet.config.block_out_channels) == 3, "the pipeline is as it was"
 
     monkeypatch.setattr(formats, "for_sd1", lambda lora: lora)  # what no reader finds its blocks in
     with pytest.raises((BunnyLoraError, RuntimeError)):
-        export._kohya_sd1(job, tmp_path)
+        writers._kohya_sd1(job, tmp_path)
 
 
 def test_wrong_orders_are_refused(run_dir: Path, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_nothing_is_uploaded_unless_asked_and_a_refusal_is_explained(
                 raise OSError("no space")
             uploaded.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(writers, "HfApi", Hub)
     order = ["export", "--lora-weights", str(run_dir), "--format", "peft", "--out"]
     assert cli.main([*order, str(tmp_path / "quiet")]) == 0 and not uploaded
     assert cli.main([*order, str(tmp_path / "loud"), "--hub", "me/mine"]) == 0

@@ -4,8 +4,8 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from bunny_lora import features, metrics
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation import features, metrics, palette
 
 SKIES = ["#87ceeb", "#c8e6a0", "#f5deb3", "#dddddd"]
 
@@ -61,15 +61,15 @@ def test_lab_agrees_with_published_values():
     """White, black and the primaries under D65, http://www.brucelindbloom.com, to one decimal."""
     rgb = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
     expected = [[100, 0, 0], [0, 0, 0], [53.2, 80.1, 67.2], [87.7, -86.2, 83.2], [32.3, 79.2, -107.9]]
-    assert features.srgb_to_lab(rgb) == pytest.approx(np.array(expected), abs=0.06)
+    assert palette.srgb_to_lab(rgb) == pytest.approx(np.array(expected), abs=0.06)
 
 
 def test_histograms_hold_what_they_promise():
-    lab = features.srgb_to_lab(np.random.default_rng(0).random((64, 64, 3)))
-    assert (features.colour_histogram(lab) ** 2).sum() == pytest.approx(1)
+    lab = palette.srgb_to_lab(np.random.default_rng(0).random((64, 64, 3)))
+    assert (palette.colour_histogram(lab) ** 2).sum() == pytest.approx(1)
     upright_edge = np.zeros((64, 64))
     upright_edge[:, 20:] = 100
-    cells = features.edge_histogram(upright_edge).reshape(4, 4, 9)
+    cells = palette.edge_histogram(upright_edge).reshape(4, 4, 9)
     assert cells[:, 1, 0].min() > 1  # a gradient along x has direction 0
     assert cells[..., 1:8].max() == 0
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from bunny_lora import figures
+from bunny_lora.report import plot
 
 
 def texts(figure):
@@ -49,33 +49,33 @@ def beyond_the_limits(figure):
 
 
 def test_figures_are_saved_whole(tmp_path):
-    path = figures.save_figure(figures.Plot(1.5, "a title"), tmp_path / "new" / "loss.png")
+    path = plot.save_figure(plot.Plot(1.5, "a title"), tmp_path / "new" / "loss.png")
     with Image.open(path) as image:
         assert image.width == 1100
     assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
 
 
 def test_text_that_lies_on_text_or_beyond_the_edge_is_found():
-    assert_readable(figure := figures.Plot(1.5, "a title", "a subtitle"))
+    assert_readable(figure := plot.Plot(1.5, "a title", "a subtitle"))
     figure.label(0.2, 0.4, "on the subtitle")
     with pytest.raises(AssertionError, match="on the subtitle"):
         assert_readable(figure)
     with pytest.raises(AssertionError, match="endless"):
-        assert_readable(figures.Plot(1.5, "an endless title " * 20))
+        assert_readable(plot.Plot(1.5, "an endless title " * 20))
 
 
 def test_a_damaged_picture_leaves_a_note(tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
-    figure = figures.Plot(1.5, "")
-    figures.show(figure.panel(1, 0.5, 0.9, 0.9), tmp_path / "cut.png")
+    figure = plot.Plot(1.5, "")
+    plot.show(figure.panel(1, 0.5, 0.9, 0.9), tmp_path / "cut.png")
     assert "no picture" in texts(figure)
 
 
 @pytest.mark.parametrize(("n", "chosen"), [(9, [0, 1, 2, 3, 4]), (3, [0, 2, 4]), (2, [0, 4]), (1, [0])])
 def test_items_are_spread_from_first_to_last(n, chosen):
-    assert figures.spread(range(5), n) == chosen
+    assert plot.spread(range(5), n) == chosen
 
 
 def test_long_text_is_shortened_with_an_ellipsis():
-    assert figures.wrap("one two three four", 9, 2) == "one two\nthree …"
-    assert figures.cut("abcdef", 4) == "abc…" and figures.cut("abcd", 4) == "abcd"
+    assert plot.wrap("one two three four", 9, 2) == "one two\nthree …"
+    assert plot.cut("abcdef", 4) == "abc…" and plot.cut("abcd", 4) == "abcd"

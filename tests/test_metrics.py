@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bunny_lora import metrics
+from bunny_lora.evaluation import metrics
 
 
 def unit(n, d=5, seed=0):

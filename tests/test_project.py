@@ -25,18 +25,7 @@ LAYERS = {
     "data": {"data", "dataset", "stage4"},
     "model": {"model"},
     "training": {"inference", "prepare", "trainer", "training"},
-    "judgement": {
-        "evaluation",
-        "export",
-        "export_about",
-        "features",
-        "figures",
-        "grids",
-        "metrics",
-        "protocol",
-        "report",
-        "scores",
-    },
+    "judgement": {"evaluation", "export", "report"},
     "entry": {"__main__", "batch", "cli", "session", "sweep"},
 }
 SIBLINGS = ("trainer", "inference")

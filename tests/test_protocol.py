@@ -2,8 +2,8 @@
 
 import pytest
 
-from bunny_lora import protocol
 from bunny_lora.config import load_config
+from bunny_lora.evaluation import protocol
 
 CONFIG = load_config(
     overrides={"evaluation": {"prompts": ["{name}, waving", "{name}"], "num_images_per_prompt": 2}}

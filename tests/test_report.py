@@ -15,6 +15,7 @@ from bunny_lora.data import writing
 from bunny_lora.data.frames import Dropped, Frame, Source
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
+from bunny_lora.report import data_figures, training_figures
 
 
 @pytest.fixture
@@ -63,8 +64,8 @@ def summary(data_dir):
 
 
 def test_figures_of_data_and_training_are_readable(run, data_dir, summary):
-    assert_readable(report.contact_sheet(data_dir))
-    assert_readable(report.characters_chart(summary))
+    assert_readable(data_figures.contact_sheet(data_dir))
+    assert_readable(data_figures.characters_chart(summary))
     assert_readable(report.loss_curve(run))
 
 
@@ -72,29 +73,29 @@ def test_a_contact_sheet_takes_data_that_nobody_prepared(tmp_path):
     folder = draw_frames(tmp_path / "mine", 2)
     with (folder / "metadata.jsonl").open("a") as lines:
         lines.write('{"file_name": "frame_000000.png"}\n')
-    assert_readable(figure := report.contact_sheet(folder))
+    assert_readable(figure := data_figures.contact_sheet(folder))
     shown = " ".join(texts(figure)).replace("\n", " ")
     assert "ellie, cartoon bunny number 1" in shown and "(no caption)" in shown
     assert "boxes" not in shown
 
 
 def test_characters_chart_shows_what_is_known(summary):
-    assert len(report.characters_chart(summary).axes) == 3
+    assert len(data_figures.characters_chart(summary).axes) == 3
     images = [image | {"caption_tokens": None} for image in summary["images"]]
-    figure = report.characters_chart(summary | {"caption_tokens": None, "images": images})
+    figure = data_figures.characters_chart(summary | {"caption_tokens": None, "images": images})
     assert_readable(figure)
     assert len(figure.axes) == 2
     assert not any("Caption" in text for text in texts(figure))
     images = [image | {"confidence": None} for image in images]
     nothing = {"caption_tokens": None, "images": images, "characters": {}}
-    assert_readable(figure := report.characters_chart(summary | nothing))
+    assert_readable(figure := data_figures.characters_chart(summary | nothing))
     assert not figure.axes
 
 
 def test_names_that_begin_alike_keep_a_bar_each_and_a_crowd_is_cut(summary):
     crowd = {f"a character with number {i:02d}": 40 - i for i in range(20)}
-    assert_readable(figure := report.characters_chart(summary | {"characters": crowd}))
-    assert len(figure.axes[0].patches) == report.MAX_CHARACTERS
+    assert_readable(figure := data_figures.characters_chart(summary | {"characters": crowd}))
+    assert len(figure.axes[0].patches) == data_figures.MAX_CHARACTERS
     assert "Frames with the first 12 characters" in texts(figure)
 
 
@@ -103,8 +104,8 @@ def test_a_left_out_frame_is_shown_from_wherever_its_run_lies(summary, data_dir,
     dropped = [{"frame_id": "1", "path": "film/frame_0.png", "reason": "low"}]
     monkeypatch.setenv("BUNNY_LORA_ROOT", str(tmp_path / "project"))
     for origin in (elsewhere, elsewhere.parent, elsewhere.parent.parent):
-        assert "data:image/jpeg" in report.dropped_table(summary | {"dropped": dropped}, origin)
-    assert "no picture" in report.dropped_table(summary | {"dropped": dropped})
+        assert "data:image/jpeg" in data_figures.dropped_table(summary | {"dropped": dropped}, origin)
+    assert "no picture" in data_figures.dropped_table(summary | {"dropped": dropped})
 
 
 def test_without_steps_there_is_a_clear_message(tmp_path):
@@ -113,7 +114,7 @@ def test_without_steps_there_is_a_clear_message(tmp_path):
 
 
 def test_a_contact_sheet_shows_frames_boxes_and_captions(data_dir):
-    figure = report.contact_sheet(data_dir, n=3)
+    figure = data_figures.contact_sheet(data_dir, n=3)
     assert n_pictures(figure) == 3
     assert all(len(axes.patches) == 1 for axes in figure.axes)
     shown = " ".join(texts(figure)).replace("\n", " ")
@@ -121,28 +122,28 @@ def test_a_contact_sheet_shows_frames_boxes_and_captions(data_dir):
 
 
 def test_characters_chart_says_who_is_there_most(summary):
-    shown = texts(report.characters_chart(summary))
+    shown = texts(data_figures.characters_chart(summary))
     assert "5 of 7 frames are usable; most often rex (4)" in shown
     assert "a very long nam…" in shown
-    nameless = report.characters_chart(summary | {"characters": {}})
+    nameless = data_figures.characters_chart(summary | {"characters": {}})
     assert any("no character is named" in text for text in texts(nameless))
 
 
 def test_dropped_frames_are_told_with_their_reasons(summary):
-    text = report.dropped_text(summary)
+    text = data_figures.dropped_text(summary)
     assert text.splitlines()[0] == "5 of 7 frames kept, 2 left out"
     assert "frame_10  missing" in text
-    table = report.dropped_table(summary)
+    table = data_figures.dropped_table(summary)
     assert table.count("data:image/jpeg;base64,") == 1 and table.count("no picture") == 1
     assert "low &lt;b&gt;&amp;" in table and "<b>" not in table
-    assert report.dropped_table(summary | {"dropped": []}) == "<p>No frame was left out.</p>"
+    assert data_figures.dropped_table(summary | {"dropped": []}) == "<p>No frame was left out.</p>"
 
 
 def test_the_loss_curve_draws_every_step_of_a_log_that_breaks_off(run):
     figure = report.loss_curve(run)
     assert list(figure.axes[0].lines[0].get_xdata()) == list(range(1, 21))
     assert list(figure.axes[0].lines[0].get_ydata()) == [1 / step for step in range(1, 21)]
-    assert report.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert training_figures.smoothed([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 
 
 def test_a_step_logged_twice_counts_once(run):

@@ -5,7 +5,8 @@ import copy
 import pytest
 from test_figures import assert_readable, texts
 
-from bunny_lora import report, scores
+from bunny_lora import report
+from bunny_lora.report import scores
 
 PROMPTS = ["{name}, waving", "{name}, portrait"]
 

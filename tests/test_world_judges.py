@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from bunny_lora.features import load_features
+from bunny_lora.evaluation.features import load_features
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import hero_picture
 from bunny_lora.world.captions import plain_caption, vocabulary
-from bunny_lora.world.pretrain_clip import (
+from bunny_lora.world.pretraining.clip import (
     character_traits,
     drawn_characters,
     hue_rotation,
@@ -22,7 +22,7 @@ from bunny_lora.world.pretrain_clip import (
     same_hero_auc,
     view,
 )
-from bunny_lora.world.pretrain_reader import (
+from bunny_lora.world.pretraining.reader import (
     QUESTIONS,
     load_reader,
     pretrain_reader,

@@ -11,12 +11,12 @@ from transformers import CLIPTokenizer
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.world.attributes import FURS, HEROES, REGULARS, SPECIES, random_picture
 from bunny_lora.world.captions import vocabulary
-from bunny_lora.world.learner import Learner, learning_rate
-from bunny_lora.world.pretrain_data import as_rows, drawn_pictures
-from bunny_lora.world.pretrain_latents import encoded_pictures
-from bunny_lora.world.pretrain_sd import pretrain_sd, training_caption
-from bunny_lora.world.pretrain_vae import crops, pretrain_vae, recoloured
-from bunny_lora.world.tokenizer import save_tokenizer
+from bunny_lora.world.pretraining.data import as_rows, drawn_pictures
+from bunny_lora.world.pretraining.latents import encoded_pictures
+from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.sd import pretrain_sd, training_caption
+from bunny_lora.world.pretraining.tokenizer import save_tokenizer
+from bunny_lora.world.pretraining.vae import crops, pretrain_vae, recoloured
 
 TINY_VAE = {
     "size": 32,
@@ -44,8 +44,8 @@ def test_the_rate_rises_and_falls_to_zero():
 
 
 def test_pictures_are_drawn_once_and_completed_after_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr("bunny_lora.world.pretrain_data._BLOCK", 2)
-    monkeypatch.setattr("bunny_lora.world.pretrain_data._SAVE_EVERY", 1)
+    monkeypatch.setattr("bunny_lora.world.pretraining.data._BLOCK", 2)
+    monkeypatch.setattr("bunny_lora.world.pretraining.data._SAVE_EVERY", 1)
     whole = np.array(drawn_pictures(tmp_path, 6, size=32, report=lambda _: None))
     assert whole.shape == (6, 4, 32, 32)
     assert np.array_equal(whole[5], as_rows(random_picture(0, 5), 32))
@@ -181,7 +181,7 @@ def test_each_look_has_one_regular_and_no_hero_is_one():
 
 
 def test_latents_are_encoded_once_and_completed_after_an_interruption(tmp_path, vae_dir, monkeypatch):
-    monkeypatch.setattr("bunny_lora.world.pretrain_data._SAVE_EVERY", 1)
+    monkeypatch.setattr("bunny_lora.world.pretraining.data._SAVE_EVERY", 1)
     pictures = drawn_pictures(tmp_path, 10, size=32, report=lambda _: None)
     options = {"batch_size": 4, "report": lambda _: None}
     whole = np.array(encoded_pictures(tmp_path, vae_dir, pictures, **options))
@@ -243,7 +243,7 @@ def test_a_decoder_learns_on_while_its_encoder_stays(tmp_path, monkeypatch):
     options = TINY_VAE | {"start_from": trained}
     sides = []
     monkeypatch.setattr(
-        "bunny_lora.world.pretrain_vae.crops",
+        "bunny_lora.world.pretraining.vae.crops",
         lambda rows, side, *rest: sides.append(side) or crops(rows, side, *rest),
     )
     pretrain_vae(tmp_path / "parts", **options, stop_at=2)

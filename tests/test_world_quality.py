@@ -5,12 +5,12 @@ import json
 import pytest
 from PIL import Image
 
-from bunny_lora.world import quality
 from bunny_lora.world.attributes import HEROES
-from bunny_lora.world.pretrain_clip import pretrain_clip
-from bunny_lora.world.pretrain_reader import QUESTIONS, pretrain_reader
-from bunny_lora.world.pretrain_sd import pretrain_sd
-from bunny_lora.world.pretrain_vae import pretrain_vae
+from bunny_lora.world.pretraining import quality
+from bunny_lora.world.pretraining.clip import pretrain_clip
+from bunny_lora.world.pretraining.reader import QUESTIONS, pretrain_reader
+from bunny_lora.world.pretraining.sd import pretrain_sd
+from bunny_lora.world.pretraining.vae import pretrain_vae
 
 SMALL = {"size": 32, "max_steps": 1, "batch_size": 2, "report": lambda _: None}
 

@@ -8,14 +8,14 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
-from bunny_lora.features import load_features
+from bunny_lora.evaluation.features import load_features
 from bunny_lora.model import components
 from bunny_lora.model.components import WORLD_WEIGHTS
 from bunny_lora.world.attributes import HEROES
-from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
-from bunny_lora.world.pretrain_data import heldout, hero_images
-from bunny_lora.world.pretrain_sd import PROMPTS
-from bunny_lora.world.pretrain_vae import psnr
+from bunny_lora.world.pretraining.clip import hero_views, image_vectors, same_hero_auc
+from bunny_lora.world.pretraining.data import heldout, hero_images
+from bunny_lora.world.pretraining.sd import PROMPTS
+from bunny_lora.world.pretraining.vae import psnr
 
 CLIP = WORLD_WEIGHTS / "clip"
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bunny_lora.core import files
-from bunny_lora.figures import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
+from bunny_lora.report.plot import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
 
 TABLE_WIDTH = 82
 MIN_SPAN = 0.1

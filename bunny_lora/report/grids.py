@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bunny_lora.config import load_config
-from bunny_lora.figures import LABEL_PT, WIDTH_IN, Plot, show, spread, wrap
-from bunny_lora.scores import conditions, read_result
+from bunny_lora.report.plot import LABEL_PT, WIDTH_IN, Plot, show, spread, wrap
+from bunny_lora.report.scores import conditions, read_result
 
 LABEL_IN, GAP_IN = 1.75, 0.07  # the column of row labels, and the space between cells
 CELL_MAX_IN, ROWS_MAX_IN = 2.6, 10.0  # few columns grow, as long as the grid does not tower

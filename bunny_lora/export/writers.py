@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from bunny_lora import inference
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.export_about import About, model_card
+from bunny_lora.export.model_card import About, model_card
 from bunny_lora.model import adapters, components, formats
 from bunny_lora.model.formats import DIFFUSERS_NAME, PARTS, LoRA
 

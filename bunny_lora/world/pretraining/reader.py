@@ -25,8 +25,7 @@ from bunny_lora.core.files import atomic_path, sha256
 from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, random_picture
-from bunny_lora.world.learner import Learner, learning_rate
-from bunny_lora.world.pretrain_data import (
+from bunny_lora.world.pretraining.data import (
     N_PICTURES,
     as_rows,
     drawn_pictures,
@@ -35,7 +34,8 @@ from bunny_lora.world.pretrain_data import (
     made_or_shipped,
     to_unit,
 )
-from bunny_lora.world.pretrain_vae import reconstruct
+from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.vae import reconstruct
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "species": attributes.SPECIES,

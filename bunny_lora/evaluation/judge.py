@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import inference, metrics, protocol
+from bunny_lora import inference
 from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import known_images
-from bunny_lora.features import Features, load_features
+from bunny_lora.evaluation import metrics, protocol
+from bunny_lora.evaluation.features import Features, load_features
+from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, Picture
 from bunny_lora.model import devices, random_models
-from bunny_lora.protocol import NEUTRAL, SUBJECT, Picture
 from bunny_lora.training import distributed, handover
 
 SCHEMA_VERSION = 1

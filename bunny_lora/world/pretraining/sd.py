@@ -35,10 +35,10 @@ from bunny_lora.model import components, diffusion
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
-from bunny_lora.world.learner import Learner, learning_rate, take_up
-from bunny_lora.world.pretrain_data import N_PICTURES, drawn_pictures, made_or_shipped
-from bunny_lora.world.pretrain_latents import encoded_pictures
-from bunny_lora.world.tokenizer import build_tokenizer
+from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
+from bunny_lora.world.pretraining.latents import encoded_pictures
+from bunny_lora.world.pretraining.learner import Learner, learning_rate, take_up
+from bunny_lora.world.pretraining.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
 _CHARACTER = 4.0

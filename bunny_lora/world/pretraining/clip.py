@@ -26,10 +26,10 @@ from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, Picture, Traits, hero_picture
 from bunny_lora.world.captions import caption
-from bunny_lora.world.learner import Learner, learning_rate
-from bunny_lora.world.pretrain_data import filled_rows, heldout_seed, to_unit
+from bunny_lora.world.pretraining.data import filled_rows, heldout_seed, to_unit
+from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.tokenizer import MAX_TOKENS, build_tokenizer
 from bunny_lora.world.renderer import render
-from bunny_lora.world.tokenizer import MAX_TOKENS, build_tokenizer
 
 N_CHARACTERS = 12_000
 _TWIN, _RECOLOURED = 0.5, 0.7

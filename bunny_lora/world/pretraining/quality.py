@@ -16,11 +16,11 @@ from bunny_lora.core.seeding import generator
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption
-from bunny_lora.world.pretrain_clip import hero_views, image_vectors, same_hero_auc
-from bunny_lora.world.pretrain_data import heldout, heldout_seed, hero_images
-from bunny_lora.world.pretrain_reader import accuracy, load_reader, shares_right, single_picture
-from bunny_lora.world.pretrain_sd import made_up_name
-from bunny_lora.world.pretrain_vae import psnr, reconstruct
+from bunny_lora.world.pretraining.clip import hero_views, image_vectors, same_hero_auc
+from bunny_lora.world.pretraining.data import heldout, heldout_seed, hero_images
+from bunny_lora.world.pretraining.reader import accuracy, load_reader, shares_right, single_picture
+from bunny_lora.world.pretraining.sd import made_up_name
+from bunny_lora.world.pretraining.vae import psnr, reconstruct
 
 GUIDANCE_SCALE, N_STEPS = 4.0, 20
 _BATCH = 10

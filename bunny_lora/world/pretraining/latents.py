@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from bunny_lora.world.pretrain_data import filled_rows, to_unit
+from bunny_lora.world.pretraining.data import filled_rows, to_unit
 
 
 def encoded_pictures(

@@ -20,14 +20,8 @@ from bunny_lora.core.files import atomic_path
 from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components
 from bunny_lora.world import attributes
-from bunny_lora.world.learner import Learner, learning_rate, take_up
-from bunny_lora.world.pretrain_data import (
-    N_PICTURES,
-    drawn_pictures,
-    heldout,
-    hero_images,
-    to_unit,
-)
+from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, heldout, hero_images, to_unit
+from bunny_lora.world.pretraining.learner import Learner, learning_rate, take_up
 
 CHANNELS = (16, 32, 64, 128)
 _KL_WEIGHT = 1e-5

@@ -1,0 +1,5 @@
+"""Base against LoRA, in scores: what is drawn, how it is measured, what `eval.json` says."""
+
+from bunny_lora.evaluation.judge import evaluate, images_of
+
+__all__ = ["evaluate", "images_of"]

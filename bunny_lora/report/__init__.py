@@ -1,0 +1,32 @@
+"""Run files to figures and tables. Nothing here is computed that a file does not say.
+
+Everything that notebooks and the command line call is a name of this package.
+"""
+
+from bunny_lora.report.data_figures import (
+    characters_chart,
+    contact_sheet,
+    dropped_table,
+    dropped_text,
+)
+from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
+from bunny_lora.report.plot import save_figure
+from bunny_lora.report.scores import read_result, scores_chart, scores_table
+from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
+
+__all__ = [
+    "before_after_grid",
+    "characters_chart",
+    "checkpoint_grid",
+    "contact_sheet",
+    "dropped_table",
+    "dropped_text",
+    "loss_curve",
+    "read_log",
+    "read_result",
+    "run_summary",
+    "samples_grid",
+    "save_figure",
+    "scores_chart",
+    "scores_table",
+]

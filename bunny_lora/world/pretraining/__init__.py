@@ -1,0 +1,1 @@
+"""How Bunny World's own models are made."""
