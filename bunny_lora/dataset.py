@@ -18,24 +18,27 @@ from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import name_first
+from bunny_lora.data.frames import Sample
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.data.metadata import METADATA, read_rows, write_captions
 from bunny_lora.data.summary import (
     load_summary,
+    sample_from,
     sha256_hex,
 )
-from bunny_lora.data.writing import prepare
+from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
 
 FACE_TO_ZOOM = 4.0  # the side of a picture from near over its face: a head, and most of a cartoon body
 
 __all__ = [
     "ImageDataset",
+    "Sample",
     "data_sha256",
-    "known_images",
     "load_summary",
     "name_first",
     "prepare",
+    "read_samples",
     "sample_indices",
     "write_captions",
 ]
@@ -44,12 +47,19 @@ __all__ = [
 class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
     """Pictures of a prepared folder, in the order of its `metadata.jsonl`, cut to size.
 
-    Item i is float32 [3, H, W] in [-1, 1]. With `center_crop`, H = W = `resolution`. Without it, the
-    shorter side is `resolution` and the longer one the nearest multiple of 8, a latent pixel.
+    `samples[i]` says what is known of picture i. Item i is float32 [3, H, W] in [-1, 1]. With
+    `center_crop`, H = W = `resolution`. Without it, the shorter side is `resolution` and the longer one
+    the nearest multiple of 8, a latent pixel.
     """
 
     def __init__(
-        self, data_dir: Path, *, resolution: int, center_crop: bool, instance_prompt: str = ""
+        self,
+        data_dir: Path,
+        *,
+        resolution: int,
+        center_crop: bool,
+        instance_prompt: str = "",
+        tokenizer: Any = None,
     ) -> None:
         """Read the captions; pictures are opened when they are asked for.
 
@@ -58,36 +68,25 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             resolution: in pixels, a multiple of 8.
             center_crop: cut the middle square, or keep the whole picture.
             instance_prompt: the caption of lines that have no `text`.
+            tokenizer: as in `prepare`, for folders that were prepared without one, or by others.
 
         Raises:
             BunnyLoraError: `metadata.jsonl` is missing or broken (names the line), or a picture is
                 missing.
         """
-        self.data_dir = paths.resolve(data_dir)
-        self.resolution = resolution
-        self.center_crop = center_crop
-        rows = read_rows(self.data_dir, instance_prompt)
-        self.file_names = [file_name for file_name, _ in rows]
-        self.paths = [self.data_dir / file_name for file_name in self.file_names]
-        self.captions = [text for _, text in rows]
-        images = (load_summary(self.data_dir) or {}).get("images", [])
-        names = {image["file_name"]: tuple(image["characters"]) for image in images}
-        self.characters: list[tuple[str, ...]] = [names.get(name, ()) for name in self.file_names]
-        found = {
-            i["file_name"]: (i["faces"], i["size"]) for i in images if {"faces", "size"} <= i.keys()
-        }
-        seen = [found.get(name, ([], [])) for name in self.file_names]
-        self.faces: list[list[list[float]]] = [faces for faces, _ in seen]
-        self.sizes: list[list[int]] = [size for _, size in seen]
+        self.resolution, self.center_crop = resolution, center_crop
+        self.samples = read_samples(data_dir, instance_prompt)
+        if tokenizer is not None:
+            self.samples = [fitted(sample, tokenizer) for sample in self.samples]
 
     def __len__(self) -> int:
-        return len(self.file_names)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._read(index, self._cut)
 
     def _read(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
-        path = self.paths[index]
+        path = self.samples[index].path
         try:
             image = cut(open_rgb(path))
         except Exception as error:  # Pillow's decoders raise whatever they trip over.
@@ -100,19 +99,21 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
         Who is in most pictures sets the measure; a picture counts for the rarest of those in it.
         """
-        counts = Counter(name for names in self.characters for name in names)
+        counts = Counter(name for sample in self.samples for name in sample.characters)
         most = max(counts.values(), default=1)
         return [
-            max((round(most / counts[name]) for name in names), default=1) for names in self.characters
+            max((round(most / counts[name]) for name in sample.characters), default=1)
+            for sample in self.samples
         ]
 
     def can_zoom(self, index: int) -> bool:
         """Whether it is clear who would be seen from near: one name in the picture, and one face."""
-        return len(self.characters[index]) == 1 and len(self.faces[index]) == 1
+        sample = self.samples[index]
+        return len(sample.characters) == 1 and len(sample.faces) == 1
 
     def zoomed(self, index: int) -> torch.Tensor:
         """Return the square around the only face of a picture, [3, resolution, resolution]."""
-        return self._read(index, lambda image: self._around(image, self.faces[index][0]))
+        return self._read(index, lambda image: self._around(image, self.samples[index].faces[0]))
 
     def _around(self, image: Image.Image, face: Sequence[float]) -> Image.Image:
         near = crop_around(image, face, FACE_TO_ZOOM)
@@ -126,16 +127,23 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def known_images(data_dir: Path) -> list[dict[str, Any]]:
-    """Return the summary's entry for each picture; for a folder that nobody prepared, names alone.
+def read_samples(data_dir: Path, instance_prompt: str = "(no caption)") -> list[Sample]:
+    """Return the pictures that `metadata.jsonl` lists, with what the summary knows of each.
+
+    Args:
+        data_dir: a folder with `metadata.jsonl`, ours or anybody's.
+        instance_prompt: the caption of lines that have no `text`.
 
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
-    if summary := load_summary(data_dir):
-        return summary["images"]
-    rows = read_rows(paths.resolve(data_dir), "-")
-    return [{"file_name": file_name, "characters": [], "faces": []} for file_name, _ in rows]
+    data_dir = paths.resolve(data_dir)
+    images = (load_summary(data_dir) or {}).get("images", [])
+    known = {image["file_name"]: image for image in images}
+    return [
+        sample_from(known.get(file_name, {}), data_dir / file_name, text)
+        for file_name, text in read_rows(data_dir, instance_prompt)
+    ]
 
 
 def data_sha256(data_dir: Path) -> str:

@@ -18,7 +18,7 @@ from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_folder, is_inside
 from bunny_lora.core.progress import progress
 from bunny_lora.data.captions import Entry, clean, entry_from_record
-from bunny_lora.data.frames import Dropped, Frame, Source
+from bunny_lora.data.frames import Dropped, Sample, Source
 from bunny_lora.data.images import SUFFIXES, Finder, inspect
 from bunny_lora.data.metadata import METADATA, _integer, json_lines
 from bunny_lora.errors import BunnyLoraError, LeftOutError
@@ -128,8 +128,8 @@ def read_source(
     return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
 
 
-def _look_for(entries: list[Entry], finder: Finder) -> tuple[list[Frame], list[Dropped]]:
-    frames: dict[Path, Frame] = {}
+def _look_for(entries: list[Entry], finder: Finder) -> tuple[list[Sample], list[Dropped]]:
+    frames: dict[Path, Sample] = {}
     dropped = []
     looked: dict[str, tuple[Path | None, tuple[int, int], str]] = {}
     for entry in progress(entries, desc="Checking frames", delay=2.0):
@@ -142,14 +142,14 @@ def _look_for(entries: list[Entry], finder: Finder) -> tuple[list[Frame], list[D
         if path is None or reason:
             dropped.append(Dropped(entry.frame_id, path, reason))
         else:
-            frames[path] = _frame(entry, path, size)
+            frames[path] = _sample(entry, path, size)
     return list(frames.values()), dropped
 
 
-def _frame(entry: Entry, path: Path, size: tuple[int, int]) -> Frame:
+def _sample(entry: Entry, path: Path, size: tuple[int, int]) -> Sample:
     said = {field.name: getattr(entry, field.name) for field in fields(Entry)}
     del said["recorded"], said["reason"]
-    return Frame(path=path, size=size, **said)
+    return Sample(path=path, size=size, **said)
 
 
 def _look(finder: Finder, recorded: str) -> tuple[Path | None, tuple[int, int], str]:
@@ -160,7 +160,7 @@ def _look(finder: Finder, recorded: str) -> tuple[Path | None, tuple[int, int], 
         return None, (0, 0), clean(str(left_out))
 
 
-def _digest(raw: bytes, frames: list[Frame]) -> str:
+def _digest(raw: bytes, frames: list[Sample]) -> str:
     digest = hashlib.sha256(raw)
     for frame in frames:
         digest.update(files.sha256(frame.path).encode())

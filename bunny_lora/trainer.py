@@ -33,7 +33,7 @@ from bunny_lora.training.objective import Learner
 from bunny_lora.training.optim import build_optimizer
 from bunny_lora.training.resume import Start
 from bunny_lora.training.supervision import Supervisor
-from bunny_lora.training.validation import Sample
+from bunny_lora.training.validation import ValidationImage
 
 
 class LoRATrainer:
@@ -137,7 +137,7 @@ class LoRATrainer:
         handover.write_handover(self.run_dir, self.config)
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
 
-    def _missing_samples(self, step: int) -> list[Sample]:
+    def _missing_samples(self, step: int) -> list[ValidationImage]:
         return validation.missing_samples(self.run_dir, self.config.training, step)
 
     def _is_complete(self, start: Start, final: Path) -> bool:
@@ -234,14 +234,11 @@ class LoRATrainer:
             resolution=config.resolution,
             center_crop=config.center_crop,
             instance_prompt=prompt,
+            tokenizer=self.parts.tokenizer,
         )
-        named = zip(images.captions, images.characters, strict=True)
-        tokenizer = self.parts.tokenizer
-        captions = [dataset.name_first(text, names, tokenizer) for text, names in named]
         return encode_dataset(
             self.parts.vae,
             images,
-            captions,
             folder.parent / "latents",
             random_flip=config.random_flip,
             zoom_on_faces=config.zoom_on_faces,
@@ -262,7 +259,7 @@ class LoRATrainer:
         missing = list(itertools.islice(free, max(prior.num_class_images - len(present), 0)))
         for i, path in progress(missing, desc="draw class images", disable=not missing):
             seed = derive_seed(self.config.training.seed, "class image", i)
-            sample = Sample(path, prior.class_prompt, seed)
+            sample = ValidationImage(path, prior.class_prompt, seed)
             validation.save(validation.draw(self.pipe, self.config, sample), sample)
         used = [*present, *(path for _, path in missing)][: prior.num_class_images]
         metadata.write_captions(folder, {path.name: prior.class_prompt for path in used})
@@ -292,7 +289,7 @@ class LoRATrainer:
         )
         supervisor.follow(steps)
 
-    def _draw_samples(self, wanted: list[Sample]) -> None:
+    def _draw_samples(self, wanted: list[ValidationImage]) -> None:
         """Draw with the weights as they are; a stop leaves out the rest."""
         self._set_training_mode(False)
         for sample, image in self.group.share(wanted, self._draw):
@@ -300,7 +297,7 @@ class LoRATrainer:
                 validation.save(image, sample)
         self._set_training_mode(True)
 
-    def _draw(self, sample: Sample) -> Image.Image:
+    def _draw(self, sample: ValidationImage) -> Image.Image:
         with interrupts.stoppable():
             return validation.draw(self.pipe, self.config, sample)
 

@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["bunny_lora"]):
     from bunny_lora import dataset, errors, inference, stage4
     from bunny_lora.data import captions, images
     from bunny_lora.data.metadata import _line
-    from bunny_lora.data.summary import Item, describe
+    from bunny_lora.data.summary import describe
     from bunny_lora.errors import BunnyLoraError
 
 from PIL import Image
@@ -46,11 +46,10 @@ def source(data: bytes) -> None:
     assert len(found.frames) + len(found.dropped) == len(json.loads(data, parse_int=float))
     assert all(frame.path.is_relative_to(ROOT) for frame in found.frames)
     assert all(item.reason and item.frame_id for item in found.dropped)
-    items = [Item(f, f.path.name, f.caption, None) for f in found.frames]
-    summary = describe(found, items, None)
+    summary = describe(found, found.frames, None)
     json.dumps(summary, ensure_ascii=False, allow_nan=False).encode()
-    for item in items:
-        _line(item.file_name, item.text).encode()
+    for frame in found.frames:
+        _line(frame.path.name, frame.caption).encode()
 
 
 def entries(data: bytes) -> None:
@@ -86,7 +85,7 @@ def metadata(data: bytes) -> None:
     text = captions.clean(data.decode("utf-16" if len(data) % 2 else "utf-8", "replace"))
     if text:
         (folder / "metadata.jsonl").write_bytes(_line("a.png", text).encode())
-        assert dataset.ImageDataset(folder, resolution=8, center_crop=True).captions == [text]
+        assert [sample.caption for sample in dataset.read_samples(folder)] == [text]
 
 
 def png(data: bytes) -> None:

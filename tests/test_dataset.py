@@ -14,9 +14,9 @@ from test_stage4 import film_run
 from transformers import CLIPTokenizer
 
 from bunny_lora.data import writing
-from bunny_lora.data.frames import Dropped, Frame, Source
+from bunny_lora.data.frames import Dropped, Sample, Source
 from bunny_lora.data.writing import prepare
-from bunny_lora.dataset import ImageDataset, load_summary, sample_indices
+from bunny_lora.dataset import ImageDataset, load_summary, read_samples, sample_indices
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.stage4 import read_source
 
@@ -44,13 +44,13 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
 
 
-def make_frame(path: Path, caption="rex, a dinosaur", mode="RGB", size=(64, 48), **save) -> Frame:
+def make_frame(path: Path, caption="rex, a dinosaur", mode="RGB", size=(64, 48), **save) -> Sample:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, 77).save(path, **save)
-    return Frame(path.stem, path, caption, ("rex",), 0.9, False, ((1, 2, 3, 4),), size)
+    return Sample(path.stem, path, caption, ("rex",), 0.9, False, ((1, 2, 3, 4),), size)
 
 
-def make_source(root: Path, *frames: Frame, digest="d1") -> Source:
+def make_source(root: Path, *frames: Sample, digest="d1") -> Source:
     run = root / "outputs" / "run"
     frames = frames or (
         make_frame(run / "frames" / "frame_1.jpg"),
@@ -355,9 +355,33 @@ def test_captions_names_and_characters_in_the_order_of_the_file(root, data_dir):
     with (data_dir / "metadata.jsonl").open("a") as file:
         file.write('\n{"file_name": "b.jpg"}\n')
     data = ImageDataset(data_dir, resolution=64, center_crop=True, instance_prompt="sks dog")
-    assert (len(data), data.file_names) == (3, ["frame_1.jpg", "b.jpg", "b.jpg"])
-    assert data.captions == ["rex, a dinosaur", "rex, a dinosaur", "sks dog"]
-    assert data.characters == [("rex",)] * 3
+    names = ["frame_1.jpg", "b.jpg", "b.jpg"]
+    assert (len(data), [sample.path.name for sample in data.samples]) == (3, names)
+    captions = ["rex, a dinosaur", "rex, a dinosaur", "sks dog"]
+    assert [sample.caption for sample in data.samples] == captions
+    assert [sample.characters for sample in data.samples] == [("rex",)] * 3
+
+
+def test_a_frame_comes_back_as_the_sample_it_was_with_the_path_of_its_copy(root, data_dir):
+    source = make_source(root)
+    prepare(source, data_dir)
+    there = [replace(frame, path=data_dir / frame.path.name) for frame in source.frames]
+    assert read_samples(data_dir) == there
+    assert ImageDataset(data_dir, resolution=64, center_crop=True).samples == there
+
+
+def test_a_line_taken_out_by_hand_is_no_sample_and_a_foreign_picture_is_a_plain_one(root, data_dir):
+    prepare(make_source(root), data_dir)
+    make_frame(data_dir / "mine.png")
+    (data_dir / "metadata.jsonl").write_text('{"file_name": "mine.png"}\n')
+    assert read_samples(data_dir) == [Sample("mine", data_dir / "mine.png", "(no caption)")]
+
+
+def test_a_tokenizer_moves_names_to_where_cutting_cannot_lose_them(root, data_dir, tokenizer):
+    long = "a very long sentence " * 30 + "with rex"
+    prepare(make_source(root, make_frame(root / "outputs" / "a.png", caption=long)), data_dir)
+    (sample,) = ImageDataset(data_dir, resolution=64, center_crop=True, tokenizer=tokenizer).samples
+    assert sample.caption == f"rex, {long}" and sample.tokens > tokenizer.model_max_length
 
 
 @pytest.mark.parametrize(

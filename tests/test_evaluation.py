@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bunny_lora import evaluation, inference
 from bunny_lora.config import load_config
 from bunny_lora.core import files
 from bunny_lora.data import writing
-from bunny_lora.data.frames import Frame, Source
+from bunny_lora.data.frames import Sample, Source
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import protocol
 from bunny_lora.model import adapters, components
@@ -50,7 +51,7 @@ def write_data(root, furs=FURS):
             if index:
                 box = ((x, 20, x + 36, 56),)
             known = () if name == "nobody" else (name,)
-            frames.append(Frame(path.stem, path, "a caption", known, 0.9, False, box, image.size))
+            frames.append(Sample(path.stem, path, "a caption", known, 0.9, False, box, image.size))
     both = root / "film" / "both.png"
     shutil.copy(frames[0].path, both)
     known = tuple(name for name in furs if name != "nobody")
@@ -184,8 +185,8 @@ def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
 
 def test_frames_that_show_one_character_alone_are_preferred():
     images = [
-        {"characters": characters, "faces": [[0, 0, 9, 9]] * n_faces}
-        for characters, n_faces in ((["rex", "ellie"], 1), (["rex"], 2), (["rex"], 1), (["rex"], 0))
+        Sample("", Path(), "", characters, faces=((0, 0, 9, 9),) * n_faces)
+        for characters, n_faces in ((("rex", "ellie"), 1), (("rex",), 2), (("rex",), 1), (("rex",), 0))
     ]
     assert evaluation.images_of(images, "rex") == images[2:]  # a second face may be a passer-by's
     assert evaluation.images_of(images[:2], "rex") == images[1:2]

@@ -12,7 +12,7 @@ from bunny_lora import dataset, report
 from bunny_lora.config import load_config
 from bunny_lora.core import files
 from bunny_lora.data import writing
-from bunny_lora.data.frames import Dropped, Frame, Source
+from bunny_lora.data.frames import Dropped, Sample, Source
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
 from bunny_lora.report import data_figures, training_figures
@@ -47,7 +47,7 @@ def data_dir(tmp_path, monkeypatch):
         name = "rex" if i else "a very long name indeed"
         caption = f"{name} costs $5 & $6, {path.name}"
         face = ((5, 5, 20, 20),)
-        frames.append(Frame(path.stem, path, caption, (name,), 0.9, not i, face, (64, 36)))
+        frames.append(Sample(path.stem, path, caption, (name,), 0.9, not i, face, (64, 36)))
     dropped = [
         Dropped("frame_9", frames[0].path, "low <b>&"),
         Dropped("frame_10", Path("C:\\gone.jpg"), "missing"),

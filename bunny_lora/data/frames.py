@@ -9,17 +9,30 @@ from bunny_lora.data.captions import Box
 
 
 @dataclass(frozen=True)
-class Frame:
-    """One picture to train on. `faces` are boxes (x1, y1, x2, y2) and `size` is (w, h), in pixels."""
+class Sample:
+    """One picture to train on: of a source while it is read, in the prepared folder from then on.
+
+    Attributes:
+        frame_id: what the source calls it.
+        path: where the picture lies.
+        caption: what it is trained on.
+        characters: who is named as being in it.
+        confidence: the analysis's own, None where there was none.
+        rescued: the caption is the scene description, since the real one was cut off.
+        faces: boxes (x1, y1, x2, y2) in pixels.
+        size: (width, height) in pixels, empty where nobody looked.
+        tokens: how many the caption takes, start and end included; None where nobody counted.
+    """
 
     frame_id: str
     path: Path
     caption: str
-    characters: tuple[str, ...]
-    confidence: float | None
-    rescued: bool
-    faces: tuple[Box, ...]
-    size: tuple[int, int]
+    characters: tuple[str, ...] = ()
+    confidence: float | None = None
+    rescued: bool = False
+    faces: tuple[Box, ...] = ()
+    size: tuple[int, ...] = ()
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Source:
 
     origin: Path
     kind: str
-    frames: list[Frame]
+    frames: list[Sample]
     dropped: list[Dropped]
     digest: str
     min_confidence: float | None = None

@@ -8,28 +8,17 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
-from bunny_lora.data.frames import Frame, Source
+from bunny_lora.data.frames import Sample, Source
 from bunny_lora.errors import BunnyLoraError
 
 SCHEMA_VERSION = 1
 SUMMARY = "data_summary.json"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to be written, and its line of metadata."""
-
-    frame: Frame
-    file_name: str
-    text: str
-    tokens: int | None
 
 
 def load_summary(data_dir: Path) -> dict | None:
@@ -88,12 +77,18 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def describe(source: Source, items: list[Item], tokenizer: Any) -> dict[str, Any]:
-    """Return counts and spreads over what is used, and the list of what is not."""
+def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[str, Any]:
+    """Return counts and spreads over what is used, and the list of what is not.
+
+    Args:
+        source: what was read.
+        samples: what became of its frames, in their order.
+        tokenizer: the one that the samples' tokens were counted with.
+    """
     frames = source.frames
     confidence = [frame.confidence for frame in frames if frame.confidence is not None]
     names = Counter(name for frame in frames for name in frame.characters)
-    sizes = Counter(f"{frame.size[0]}x{frame.size[1]}" for frame in frames)
+    sizes = Counter("x".join(map(str, frame.size)) for frame in frames)
     dropped = [
         {
             "frame_id": item.frame_id,
@@ -109,38 +104,54 @@ def describe(source: Source, items: list[Item], tokenizer: Any) -> dict[str, Any
         "n_rescued": sum(frame.rescued for frame in frames),
         "characters": dict(sorted(names.items())),
         "confidence": _spread(confidence) if confidence else None,
-        "caption_tokens": _tokens(items, token_limit(tokenizer)),
+        "caption_tokens": _tokens(frames, samples, token_limit(tokenizer)),
         "sizes": dict(sorted(sizes.items())),
         "dropped_by_reason": by_reason(source),
         "dropped": dropped,
     }
 
 
-def _tokens(items: list[Item], limit: int | None) -> dict[str, Any] | None:
-    tokens = [item.tokens for item in items if item.tokens is not None]
+def _tokens(
+    frames: Sequence[Sample], samples: Sequence[Sample], limit: int | None
+) -> dict[str, Any] | None:
+    tokens = [sample.tokens for sample in samples if sample.tokens is not None]
     if limit is None:
         return None
     return _spread(tokens) | {
         "limit": limit,
         "n_truncated": sum(n > limit for n in tokens),
-        "n_names_moved": sum(item.text != item.frame.caption for item in items),
+        "n_names_moved": sum(a.caption != b.caption for a, b in zip(frames, samples, strict=True)),
     }
 
 
-def describe_files(items: list[Item], text: str, hashes: list[str]) -> dict[str, Any]:
+def sample_from(image: Mapping[str, Any], path: Path, caption: str) -> Sample:
+    """Return the sample that an object of `describe_files` is about; empty for a foreign picture."""
+    return Sample(
+        image.get("frame_id", path.stem),
+        path,
+        caption,
+        tuple(image.get("characters", ())),
+        image.get("confidence"),
+        image.get("rescued", False),
+        tuple(tuple(box) for box in image.get("faces", ())),
+        tuple(image.get("size", ())),
+    )
+
+
+def describe_files(samples: Sequence[Sample], text: str, hashes: list[str]) -> dict[str, Any]:
     """Return one object a picture, and the hash of metadata.jsonl, whose content is `text`."""
     images = [
         {
-            "file_name": item.file_name,
-            "frame_id": item.frame.frame_id,
-            "characters": list(item.frame.characters),
-            "confidence": item.frame.confidence,
-            "rescued": item.frame.rescued,
-            "faces": [list(box) for box in item.frame.faces],
-            "size": list(item.frame.size),
-            "caption_tokens": item.tokens,
+            "file_name": sample.path.name,
+            "frame_id": sample.frame_id,
+            "characters": list(sample.characters),
+            "confidence": sample.confidence,
+            "rescued": sample.rescued,
+            "faces": [list(box) for box in sample.faces],
+            "size": list(sample.size),
+            "caption_tokens": sample.tokens,
             "sha256": sha256,
         }
-        for item, sha256 in zip(items, hashes, strict=True)
+        for sample, sha256 in zip(samples, hashes, strict=True)
     ]
     return {"images": images, "metadata_sha256": sha256_hex(text.encode())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,11 @@ from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.core.progress import progress
 from bunny_lora.data.captions import count_tokens, name_first
-from bunny_lora.data.frames import Frame, Source
+from bunny_lora.data.frames import Sample, Source
 from bunny_lora.data.images import plain_bytes, plain_suffix
 from bunny_lora.data.metadata import METADATA, metadata_line
 from bunny_lora.data.summary import (
     SUMMARY,
-    Item,
     by_reason,
     describe,
     describe_files,
@@ -28,6 +28,7 @@ from bunny_lora.data.summary import (
 from bunny_lora.errors import BunnyLoraError
 
 T = TypeVar("T")
+Plan = dict[Path, Sample]  # From a source's picture to the sample that it becomes.
 MAX_STEM_CHARACTERS = 80
 # `datasets` takes a file that has one of these words in its name for a part of its own, without texts.
 SPLIT_WORDS = re.compile(
@@ -62,14 +63,15 @@ def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite:
     intact = is_file(data_dir / METADATA) and not difference
     if old and intact and all(old.get(name) == value for name, value in key.items()):
         return old | {"unchanged": True}
-    items = _plan(source.frames, tokenizer)
-    text = "".join(metadata_line(item.file_name, item.text) for item in items)
-    if difference and _is_planned(data_dir, items, text):
+    plan = _plan(source.frames, data_dir, tokenizer)
+    samples = list(plan.values())
+    text = "".join(metadata_line(sample.path.name, sample.caption) for sample in samples)
+    if difference and _is_planned(data_dir, plan, text):
         difference = ""
     if difference and not overwrite:
         raise BunnyLoraError(_refusal(data_dir, difference))
-    hashes = _write(items, text, data_dir, keep_old=bool(difference))
-    summary = key | describe(source, items, tokenizer) | describe_files(items, text, hashes)
+    hashes = _write(plan, text, data_dir, keep_old=bool(difference))
+    summary = key | describe(source, samples, tokenizer) | describe_files(samples, text, hashes)
     files.write_json(data_dir.parent / SUMMARY, summary)
     return summary
 
@@ -115,12 +117,12 @@ def _difference(data_dir: Path, old: dict | None) -> str:
     return f"pictures were changed by hand since it was prepared ({names})" if changed else ""
 
 
-def _is_planned(data_dir: Path, items: list[Item], text: str) -> bool:
+def _is_planned(data_dir: Path, plan: Plan, text: str) -> bool:
     """Whether the folder is just what would be written: stopped between it and the summary."""
     return (
-        _present(data_dir) == {METADATA, *(item.file_name for item in items)}
+        _present(data_dir) == {METADATA, *(sample.path.name for sample in plan.values())}
         and (data_dir / METADATA).read_bytes() == text.encode()
-        and all((data_dir / i.file_name).read_bytes() == plain_bytes(i.frame.path) for i in items)
+        and all(s.path.read_bytes() == plain_bytes(picture) for picture, s in plan.items())
     )
 
 
@@ -139,16 +141,19 @@ def _backup(data_dir: Path) -> Path:
     return backup
 
 
-def _plan(frames: list[Frame], tokenizer: Any) -> list[Item]:
+def fitted(sample: Sample, tokenizer: Any) -> Sample:
+    """Move names to where cutting cannot lose them, and count the tokens."""
+    caption = name_first(sample.caption, sample.characters, tokenizer)
+    return replace(sample, caption=caption, tokens=count_tokens(caption, tokenizer))
+
+
+def _plan(frames: list[Sample], data_dir: Path, tokenizer: Any) -> Plan:
     taken: set[str] = set()
-    items = []
+    plan = {}
     for frame in frames:
-        text, tokens = frame.caption, None
-        if tokenizer is not None:
-            text = name_first(text, frame.characters, tokenizer)
-            tokens = count_tokens(text, tokenizer)
-        items.append(Item(frame, _unchanged(_file_name, frame.path, taken), text, tokens))
-    return items
+        sample = replace(frame, path=data_dir / _unchanged(_file_name, frame.path, taken))
+        plan[frame.path] = sample if tokenizer is None else fitted(sample, tokenizer)
+    return plan
 
 
 def _unchanged(use: Callable[..., T], path: Path, *arguments: Any) -> T:
@@ -177,12 +182,12 @@ def _file_name(path: Path, taken: set[str]) -> str:
     return name
 
 
-def _write(items: list[Item], text: str, data_dir: Path, *, keep_old: bool) -> list[str]:
+def _write(plan: Plan, text: str, data_dir: Path, *, keep_old: bool) -> list[str]:
     """Swap in the new folder, the old one kept as a backup or dropped; return the pictures' hashes."""
     backup = _backup(data_dir)
     try:
         with files.atomic_path(data_dir) as part:
-            hashes = _build(items, text, part)
+            hashes = _build(plan, text, part)
             if keep_old:
                 data_dir.rename(backup)
     except BaseException:
@@ -192,12 +197,12 @@ def _write(items: list[Item], text: str, data_dir: Path, *, keep_old: bool) -> l
     return hashes
 
 
-def _build(items: list[Item], text: str, folder: Path) -> list[str]:
+def _build(plan: Plan, text: str, folder: Path) -> list[str]:
     folder.mkdir()
     hashes = []
-    for item in progress(items, desc="Writing training images", delay=2.0):
-        data = _unchanged(plain_bytes, item.frame.path)
-        (folder / item.file_name).write_bytes(data)
+    for picture, sample in progress(plan.items(), desc="Writing training images", delay=2.0):
+        data = _unchanged(plain_bytes, picture)
+        (folder / sample.path.name).write_bytes(data)
         hashes.append(sha256_hex(data))
     (folder / METADATA).write_bytes(text.encode())
     return hashes

@@ -22,7 +22,7 @@ from bunny_lora.core.files import read_json, write_json
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.images import crop_around, open_rgb
-from bunny_lora.dataset import known_images
+from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.evaluation import metrics, protocol
 from bunny_lora.evaluation.features import Features, load_features
 from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, Picture
@@ -48,15 +48,15 @@ class Reference:
     @classmethod
     def load(cls, data_dir: Path) -> Reference:
         """Read the crops of every character, most frequent first."""
-        all_images = known_images(data_dir)
-        counts = Counter(name for image in all_images for name in image["characters"])
+        samples = read_samples(data_dir)
+        counts = Counter(name for sample in samples for name in sample.characters)
         named = sorted(counts, key=lambda name: (-counts[name], name))
-        shows = {name: images_of(all_images, name) for name in named}
+        shows = {name: images_of(samples, name) for name in named}
         crops = {
-            name: [crop_of(data_dir, image) for image in thinned(images)]
-            for name, images in (shows or {SUBJECT: all_images}).items()
+            name: [crop_of(sample) for sample in thinned(shown)]
+            for name, shown in (shows or {SUBJECT: samples}).items()
         }
-        return cls(crops, [data_dir / image["file_name"] for image in all_images])
+        return cls(crops, [sample.path for sample in samples])
 
 
 def evaluate(
@@ -126,27 +126,27 @@ def means(result: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- training data
 
 
-def images_of(images: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def images_of(samples: list[Sample], name: str) -> list[Sample]:
     """Return the images that show this character most surely.
 
     That is alone, with no second face that might be a passer-by's; where there are none of these, named
     alone; where there are none either, named among others.
     """
-    named = [image for image in images if name in image["characters"]]
-    alone = [image for image in named if len(image["characters"]) == 1]
-    return [image for image in alone if len(image["faces"]) < 2] or alone or named
+    named = [sample for sample in samples if name in sample.characters]
+    alone = [sample for sample in named if len(sample.characters) == 1]
+    return [sample for sample in alone if len(sample.faces) < 2] or alone or named
 
 
-def thinned(images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return at most `MAX_CROPS` images, evenly spaced."""
-    return images[:: -(-len(images) // MAX_CROPS)] if images else []
+def thinned(samples: list[Sample]) -> list[Sample]:
+    """Return at most `MAX_CROPS` samples, evenly spaced."""
+    return samples[:: -(-len(samples) // MAX_CROPS)] if samples else []
 
 
-def crop_of(data_dir: Path, image: dict[str, Any]) -> Image.Image:
+def crop_of(sample: Sample) -> Image.Image:
     """Return the square around the largest face, or the middle of a frame without one."""
-    frame = open_rgb(data_dir / image["file_name"])
-    if image["faces"]:
-        face = max(image["faces"], key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+    frame = open_rgb(sample.path)
+    if sample.faces:
+        face = max(sample.faces, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         frame = crop_around(frame, face, FACE_TO_CROP)
     return ImageOps.fit(frame, (CROP_SIZE_PX, CROP_SIZE_PX))
 

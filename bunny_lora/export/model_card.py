@@ -16,7 +16,7 @@ from PIL import Image
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import read_json
-from bunny_lora.dataset import known_images
+from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.formats import LoRA
 from bunny_lora.training.checkpoint import STATE
@@ -47,15 +47,15 @@ class About:
         """Read what the run that `weights_dir` belongs to recorded."""
         run_dir = weights_dir.parent
         config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
-        images = _images(config)
+        samples = _samples(config)
         first = next(iter(next(iter(lora.values())).values()))
         return cls(
             title=run_dir.name if config else weights_dir.name,
             base_model=base_model,
             step=_step(weights_dir),
             config=config,
-            characters=dict(Counter(n for image in images for n in image["characters"]).most_common()),
-            n_images=len(images) or None,
+            characters=dict(Counter(n for sample in samples for n in sample.characters).most_common()),
+            n_images=len(samples) or None,
             rank=first.rank,
             alpha=first.alpha,
             scores=_scores(run_dir),
@@ -126,9 +126,9 @@ def _step(weights_dir: Path) -> int | None:
     return read_handover(weights_dir.parent).step if handed_on else None
 
 
-def _images(config: Config | None) -> list[dict[str, Any]]:
+def _samples(config: Config | None) -> list[Sample]:
     try:
-        return known_images(paths.resolve(config.data_dir)) if config else []
+        return read_samples(paths.resolve(config.data_dir)) if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 

@@ -19,7 +19,7 @@ from PIL import ImageOps
 from bunny_lora.core import paths
 from bunny_lora.core.files import is_file
 from bunny_lora.data.images import open_rgb
-from bunny_lora.dataset import ImageDataset, known_images
+from bunny_lora.dataset import read_samples
 from bunny_lora.report.plot import (
     BLUE,
     INK,
@@ -43,21 +43,20 @@ THUMBNAIL_PX = 160
 
 def contact_sheet(data_dir: Path, n: int = 12, columns: int = 4) -> Figure:
     """Show `n` training frames, evenly spaced, with face boxes and the first words of the caption."""
-    frames = ImageDataset(data_dir, resolution=64, center_crop=False, instance_prompt="(no caption)")
-    faces = {image["file_name"]: image["faces"] for image in known_images(data_dir)}
-    chosen = spread(range(len(frames)), n)
+    samples = read_samples(data_dir)
+    chosen = spread(samples, n)
     cell, caption_in = (WIDTH_IN - 0.24) / columns - GAP_IN, 0.42
     row_in = cell * 9 / 16 + caption_in
     n_rows = -(-len(chosen) // columns)
-    shown = f"{len(chosen)} of {len(frames)}, evenly spaced" if len(chosen) < len(frames) else "all"
-    boxes = "; boxes: faces found by the analysis" if any(faces.values()) else ""
+    shown = f"{len(chosen)} of {len(samples)}, evenly spaced" if len(chosen) < len(samples) else "all"
+    boxes = "; boxes: faces found by the analysis" if any(sample.faces for sample in samples) else ""
     figure = Plot(0.72 + n_rows * row_in, "Training frames", shown + boxes)
-    for place, index in enumerate(chosen):
+    for place, sample in enumerate(chosen):
         left = 0.12 + (place % columns) * (cell + GAP_IN)
         top = 0.68 + (place // columns) * row_in
         axes = figure.panel(left, top, cell, cell * 9 / 16)
-        _frame(axes, frames.paths[index], faces.get(frames.file_names[index], []))
-        caption = wrap(frames.captions[index], 42, 2)
+        _frame(axes, sample.path, sample.faces)
+        caption = wrap(sample.caption, 42, 2)
         figure.label(left, top + cell * 9 / 16 + 0.04, caption, size=CAPTION_PT)
     return figure
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths
 from bunny_lora.data.captions import count_tokens
-from bunny_lora.dataset import known_images
+from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
 
@@ -82,7 +82,7 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
     if scores is None and (known := _known(run_dir)) and known.weights_sha256 == digest:
         scores = known.scores
     tokenizer = components.load_tokenizer(config.base_model)
-    counts = Counter(name for image in _images(config) for name in image["characters"])
+    counts = Counter(name for sample in _samples(config) for name in sample.characters)
     handover = Handover(
         base_model=config.base_model,
         weights=final.name,
@@ -146,8 +146,8 @@ def _known(run_dir: Path) -> Handover | None:
         return None
 
 
-def _images(config: Config) -> list[dict[str, Any]]:
+def _samples(config: Config) -> list[Sample]:
     try:
-        return known_images(paths.resolve(config.data_dir))
+        return read_samples(paths.resolve(config.data_dir))
     except BunnyLoraError:
         return []  # the training data did not come along

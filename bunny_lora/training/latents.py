@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
-from bunny_lora.dataset import ImageDataset, sample_indices
+from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 
 
@@ -59,22 +59,27 @@ class EncodedView:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """A data set as latent distributions, each image in one or several views, with its captions.
+    """A data set as latent distributions: `views[i]` are the one or several of `samples[i]`.
 
     `stream` names the random numbers, so that training and class images do not share theirs; `repeats`
     says how often each image comes in an epoch, None: once.
     """
 
+    samples: list[Sample]
     views: list[list[EncodedView]]
-    captions: list[str]
     latent_size: int
     stream: str
     tag_dropout: float = 0.0
     repeats: list[int] | None = None
 
+    @property
+    def captions(self) -> list[str]:
+        """What the samples are trained on, in full."""
+        return [sample.caption for sample in self.samples]
+
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
-        repeats = self.repeats or [1] * len(self.captions)
+        repeats = self.repeats or [1] * len(self.samples)
         epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
         drawn = [
             self._draw(seed, position + offset, epoch[place], num_train_timesteps)
@@ -92,7 +97,7 @@ class EncodedImages:
         latents = self._crop(latents, view.faces, random)
         noise = torch.randn(latents.shape, generator=random)
         timestep = torch.randint(num_train_timesteps, (), generator=random)
-        return latents, noise, timestep, self._thinned(self.captions[index], random)
+        return latents, noise, timestep, self._thinned(self.samples[index].caption, random)
 
     def _crop(
         self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
@@ -143,7 +148,6 @@ class _Pixels(Dataset):
 def encode_dataset(
     vae: AutoencoderKL,
     images: ImageDataset,
-    captions: Sequence[str],
     cache_dir: Path,
     *,
     random_flip: bool = False,
@@ -159,7 +163,6 @@ def encode_dataset(
     Args:
         vae: frozen; its weights and dtype are part of the cache's key.
         images: what to encode; the files' bytes and the crop are part of the key.
-        captions: one an image, in the images' order.
         cache_dir: holds one safetensors file a key; it may be deleted at any time.
         random_flip: encode the mirror images too.
         zoom_on_faces: encode the square around the face too, where there is one name and one face.
@@ -190,20 +193,17 @@ def encode_dataset(
     for i, view in enumerate(views):
         moments = tensors[f"{i:06d}"]
         encoded[view.index].append(EncodedView(moments, _faces_in(view, images, moments)))
-    return EncodedImages(encoded, list(captions), images.resolution // 8, stream, tag_dropout, repeats)
+    return EncodedImages(images.samples, encoded, images.resolution // 8, stream, tag_dropout, repeats)
 
 
 def _faces_in(view: View, images: ImageDataset, moments: torch.Tensor) -> list[list[float]]:
     """Return the faces of a whole frame in pixels of its latents."""
-    if view.zoomed or images.center_crop or not images.faces[view.index]:
+    sample = images.samples[view.index]
+    if view.zoomed or images.center_crop or not sample.faces:
         return []
     height, width = moments.shape[2:]
-    across, down = (
-        new / old for new, old in zip((width, height), images.sizes[view.index], strict=True)
-    )
-    faces = [
-        [x1 * across, y1 * down, x2 * across, y2 * down] for x1, y1, x2, y2 in images.faces[view.index]
-    ]
+    across, down = (new / old for new, old in zip((width, height), sample.size, strict=True))
+    faces = [[x1 * across, y1 * down, x2 * across, y2 * down] for x1, y1, x2, y2 in sample.faces]
     return [[width - x2, y1, width - x1, y2] for x1, y1, x2, y2 in faces] if view.mirrored else faces
 
 
@@ -218,9 +218,10 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
 
 
 def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
-    digest = hashlib.sha256(files.sha256(*images.paths).encode())
+    digest = hashlib.sha256(files.sha256(*(sample.path for sample in images.samples)).encode())
     digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
-    digest.update(repr([images.faces[view.index] for view in views if view.zoomed]).encode())
+    zoomed = [images.samples[view.index].faces for view in views if view.zoomed]
+    digest.update(repr([[list(box) for box in faces] for faces in zoomed]).encode())
     digest.update(str(vae.config.scaling_factor).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode())

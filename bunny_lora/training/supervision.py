@@ -17,7 +17,7 @@ from bunny_lora.errors import BunnyLoraError, LostProcessError
 from bunny_lora.training import checkpoint
 from bunny_lora.training.checkpoint import TrainingState
 from bunny_lora.training.log import RunLog
-from bunny_lora.training.validation import Sample, is_milestone, samples_of
+from bunny_lora.training.validation import ValidationImage, is_milestone, samples_of
 
 if TYPE_CHECKING:
     from bunny_lora.training.loop import StepRecord
@@ -44,7 +44,7 @@ class Supervisor:
         training: TrainingSection,
         state: TrainingState,
         about: dict[str, Any],
-        draw_samples: Callable[[list[Sample]], None],
+        draw_samples: Callable[[list[ValidationImage]], None],
         *,
         writes: bool = True,
     ) -> None:

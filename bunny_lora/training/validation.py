@@ -15,7 +15,7 @@ from bunny_lora.model import components
 
 
 @dataclass(frozen=True)
-class Sample:
+class ValidationImage:
     """One picture: where it lies, and what it is drawn from."""
 
     path: Path
@@ -28,23 +28,23 @@ def is_milestone(step: int, training: TrainingSection) -> bool:
     return step > 0 and (step % training.save_steps == 0 or step == training.max_train_steps)
 
 
-def samples_of(run_dir: Path, training: TrainingSection, step: int) -> list[Sample]:
+def samples_of(run_dir: Path, training: TrainingSection, step: int) -> list[ValidationImage]:
     """Return the samples that belong to a step; most steps have none."""
-    folder = run_dir / "samples" / f"step-{step:06d}"
+    folder, seed = run_dir / "samples" / f"step-{step:06d}", training.seed
     return [
-        Sample(folder / f"{p:02d}-{i}.png", prompt, derive_seed(training.seed, "validation", i))
+        ValidationImage(folder / f"{p:02d}-{i}.png", prompt, derive_seed(seed, "validation", i))
         for p, prompt in enumerate(training.validation_prompts)
         for i in range(training.num_validation_images)
         if is_milestone(step, training)
     ]
 
 
-def missing_samples(run_dir: Path, training: TrainingSection, step: int) -> list[Sample]:
+def missing_samples(run_dir: Path, training: TrainingSection, step: int) -> list[ValidationImage]:
     """Return the samples of a step that a stop or a kill has left out."""
     return [sample for sample in samples_of(run_dir, training, step) if not sample.path.is_file()]
 
 
-def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> Image.Image:
+def draw(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
     """Draw one picture with the weights as they are."""
     return components.draw_image(
         pipe,
@@ -57,7 +57,7 @@ def draw(pipe: StableDiffusionPipeline, config: Config, sample: Sample) -> Image
     )
 
 
-def save(image: Image.Image, sample: Sample) -> None:
+def save(image: Image.Image, sample: ValidationImage) -> None:
     """Write a picture where it belongs."""
     with files.atomic_path(sample.path) as part:
         image.save(part)
