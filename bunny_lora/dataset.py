@@ -20,7 +20,7 @@ from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import name_first
 from bunny_lora.data.frames import Sample
 from bunny_lora.data.images import crop_around, open_rgb
-from bunny_lora.data.metadata import METADATA, read_rows, write_captions
+from bunny_lora.data.metadata import METADATA, read_rows
 from bunny_lora.data.summary import (
     load_summary,
     sample_from,
@@ -40,7 +40,6 @@ __all__ = [
     "prepare",
     "read_samples",
     "sample_indices",
-    "write_captions",
 ]
 
 
@@ -54,7 +53,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def __init__(
         self,
-        data_dir: Path,
+        data_dir: Path | Sequence[Sample],
         *,
         resolution: int,
         center_crop: bool,
@@ -64,7 +63,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         """Read the captions; pictures are opened when they are asked for.
 
         Args:
-            data_dir: a folder with `metadata.jsonl`, ours or anybody's.
+            data_dir: a folder with `metadata.jsonl`, ours or anybody's; or samples that are known.
             resolution: in pixels, a multiple of 8.
             center_crop: cut the middle square, or keep the whole picture.
             instance_prompt: the caption of lines that have no `text`.
@@ -75,7 +74,9 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
                 missing.
         """
         self.resolution, self.center_crop = resolution, center_crop
-        self.samples = read_samples(data_dir, instance_prompt)
+        if isinstance(data_dir, Path):
+            data_dir = read_samples(data_dir, instance_prompt)
+        self.samples = list(data_dir)
         if tokenizer is not None:
             self.samples = [fitted(sample, tokenizer) for sample in self.samples]
 

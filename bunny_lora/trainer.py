@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,21 @@ from PIL import Image
 from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
-from bunny_lora.core.progress import progress
-from bunny_lora.core.seeding import derive_seed
-from bunny_lora.data import metadata
+from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
 from bunny_lora.model.formats import LoRA
 from bunny_lora.prepare import prepare_data, source_changed
-from bunny_lora.training import banner, checkpoint, fingerprint, handover, memory, resume, validation
+from bunny_lora.training import (
+    banner,
+    checkpoint,
+    class_images,
+    fingerprint,
+    handover,
+    memory,
+    resume,
+    validation,
+)
 from bunny_lora.training.checkpoint import TrainingState
 from bunny_lora.training.distributed import Processes, together
 from bunny_lora.training.fingerprint import Identity
@@ -170,11 +176,11 @@ class LoRATrainer:
             memory.check_pictures(self.parts, config.resolution)
             self.pipe = components.pipeline_from(self.parts, config.base_model)
             given = self._given_lora() if self.group.is_main else {}
-            images = self._encode(self.data_dir, config.instance_prompt, "training")
-            class_images = self._class_images() if config.prior_preservation.enabled else None
+            images = self._encode(self.data_dir, self.data_dir.parent, "training")
+            preserved = self._class_images(start) if config.prior_preservation.enabled else None
 
         self.models = self._attach()
-        self.learner = Learner(self.parts, config, images, class_images)
+        self.learner = Learner(self.parts, config, images, preserved)
         self.optimizer = build_optimizer(config, self.trainable())
         self.lr_scheduler = get_scheduler(
             training.lr_scheduler,
@@ -227,19 +233,19 @@ class LoRATrainer:
             for part in names
         }
 
-    def _encode(self, folder: Path, prompt: str, stream: str) -> EncodedImages:
+    def _encode(self, source: Path | list[Sample], place: Path, stream: str) -> EncodedImages:
         config = self.config
         images = dataset.ImageDataset(
-            folder,
+            source,
             resolution=config.resolution,
             center_crop=config.center_crop,
-            instance_prompt=prompt,
+            instance_prompt=config.instance_prompt,
             tokenizer=self.parts.tokenizer,
         )
         return encode_dataset(
             self.parts.vae,
             images,
-            folder.parent / "latents",
+            place / "latents",
             random_flip=config.random_flip,
             zoom_on_faces=config.zoom_on_faces,
             tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
@@ -249,21 +255,12 @@ class LoRATrainer:
             stream=stream,
         )
 
-    def _class_images(self) -> EncodedImages:
-        """Draw the class images that are missing, with the base model, and encode all."""
-        prior = self.config.prior_preservation
-        folder = paths.resolve(prior.class_data_dir)
-        present = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        places = ((i, folder / f"class_{i:05d}.png") for i in itertools.count())
-        free = ((i, path) for i, path in places if path not in present)
-        missing = list(itertools.islice(free, max(prior.num_class_images - len(present), 0)))
-        for i, path in progress(missing, desc="draw class images", disable=not missing):
-            seed = derive_seed(self.config.training.seed, "class image", i)
-            sample = ValidationImage(path, prior.class_prompt, seed)
-            validation.save(validation.draw(self.pipe, self.config, sample), sample)
-        used = [*present, *(path for _, path in missing)][: prior.num_class_images]
-        metadata.write_captions(folder, {path.name: prior.class_prompt for path in used})
-        return self._encode(folder, prior.class_prompt, "class")
+    def _class_images(self, start: Start) -> EncodedImages:
+        """Draw the class images that are missing or stale, with the base model, and encode all."""
+        wanted = class_images.plan(self.pipe, self.config, self.base_sha256)
+        class_images.draw(self.pipe, self.config, wanted)
+        place = paths.resolve(self.config.prior_preservation.class_data_dir).parent
+        return self._encode(wanted.samples, place, "class")
 
     def _train_to_the_end(self, about: dict[str, Any]) -> None:
         last_step, n_steps = self.state.step, self.config.training.max_train_steps

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bunny_lora.core import files
 from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.errors import BunnyLoraError
 
@@ -18,11 +17,6 @@ MAX_DIGITS = 4000
 def metadata_line(file_name: str, text: str) -> str:
     """Return one line of `metadata.jsonl`, its end included."""
     return json.dumps({"file_name": file_name, "text": text}, ensure_ascii=False) + "\n"
-
-
-def write_captions(folder: Path, captions: dict[str, str]) -> None:
-    """Write `metadata.jsonl` beside pictures that are there already: file names to captions."""
-    files.write_text(folder / METADATA, "".join(metadata_line(*item) for item in captions.items()))
 
 
 def read_rows(data_dir: Path, instance_prompt: str) -> list[tuple[str, str]]:
