@@ -127,9 +127,11 @@ class LoRATrainer:
 
     def _refuse_different_processes(self, about: Identity) -> None:
         """Every process must do the same on the same data."""
-        known = self.group.gathered((self.config.to_yaml(), about.data_sha256, self.base_sha256))
+        known = self.group.gathered(
+            (self.config.to_yaml(), about.data_sha256, self.base_sha256, self.class_sha256)
+        )
         for rank, theirs in enumerate(known):
-            what = ("settings", "training data", "weights of the base model")
+            what = ("settings", "training data", "weights of the base model", "class images")
             if other := [name for name, a, b in zip(what, theirs, known[0], strict=True) if a != b]:
                 raise BunnyLoraError(
                     f"Process {rank} has other {' and '.join(other)} than the main process: bring the"
@@ -177,6 +179,7 @@ class LoRATrainer:
             self.pipe = components.pipeline_from(self.parts, config.base_model)
             given = self._given_lora() if self.group.is_main else {}
             images = self._encode(self.data_dir, self.data_dir.parent, "training")
+            self.class_sha256: str | None = None
             preserved = self._class_images(start) if config.prior_preservation.enabled else None
 
         self.models = self._attach()
@@ -258,6 +261,8 @@ class LoRATrainer:
     def _class_images(self, start: Start) -> EncodedImages:
         """Draw the class images that are missing or stale, with the base model, and encode all."""
         wanted = class_images.plan(self.pipe, self.config, self.base_sha256)
+        self.class_sha256 = wanted.sha256()
+        start.check_class_images(self.class_sha256)
         class_images.draw(self.pipe, self.config, wanted)
         place = paths.resolve(self.config.prior_preservation.class_data_dir).parent
         return self._encode(wanted.samples, place, "class")
@@ -272,7 +277,8 @@ class LoRATrainer:
             trial = banner.time_trial(self.learner, self.optimizer)
         print(banner.describe(self, trial, n_steps - last_step))
 
-        about = about | {"base_sha256": self.base_sha256, "history": list(self.history)}
+        known = {"base_sha256": self.base_sha256, "class_sha256": self.class_sha256}
+        about = about | known | {"history": list(self.history)}
         supervisor = Supervisor(
             self.run_dir,
             self.config.training,

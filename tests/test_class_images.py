@@ -7,9 +7,11 @@ import pytest
 from conftest import draw_frames, tiny_config
 from PIL import Image
 
+from bunny_lora.core.files import read_json, write_json
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import checkpoint
 
 PRIOR = {"enabled": True, "num_class_images": 2, "class_prompt": "bunny", "class_data_dir": "class"}
 
@@ -123,6 +125,66 @@ def test_a_picture_of_ours_that_the_user_has_changed_is_the_users(
     trainer = load(tiny_model, {"class_prompt": "rabbit"})
     assert contents(folder)["class_00001.png"] == changed
     assert list(captions(trainer)) == ["class_00001.png", "class_00000.png"]
+
+
+def train(tiny_model: str, steps: int = 2, **overrides: object) -> Path:
+    training = {"max_train_steps": steps, "lr_scheduler": "constant"}
+    config = tiny_config(tiny_model, prior_preservation=PRIOR, training=training, **overrides)
+    return LoRATrainer(config=config).train()
+
+
+def test_a_class_image_that_was_replaced_is_refused_like_other_training_data(
+    tiny_model: str, folder: Path
+) -> None:
+    own_picture(folder / "mine.png")
+    train(tiny_model)
+    own_picture(folder / "mine.png", "blue")
+    with pytest.raises(BunnyLoraError, match=r"checkpoint-2 was made with other class images"):
+        train(tiny_model, steps=3)
+    own_picture(folder / "mine.png", "red")
+    train(tiny_model, steps=3)
+    (folder / "metadata.jsonl").write_text('{"file_name": "mine.png", "text": "a wall"}\n')
+    with pytest.raises(BunnyLoraError, match=r"checkpoint-3 was made with other class images"):
+        train(tiny_model, steps=4)
+
+
+def test_a_run_whose_class_images_would_be_drawn_otherwise_is_refused_before_any_is(
+    tiny_model: str, folder: Path
+) -> None:
+    train(tiny_model)
+    before = contents(folder)
+    with pytest.raises(BunnyLoraError, match="sampling settings"):
+        train(tiny_model, steps=3, sampling={"num_inference_steps": 3})
+    assert contents(folder) == before
+
+
+def test_class_images_that_were_removed_are_drawn_again_and_the_run_goes_on(
+    tiny_model: str, folder: Path
+) -> None:
+    train(tiny_model)
+    before = contents(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    train(tiny_model, steps=3)
+    assert contents(folder) == before
+
+
+def test_a_run_begun_before_class_images_were_recorded_goes_on(tiny_model: str, folder: Path) -> None:
+    """Theirs were plain pictures, and a `metadata.jsonl` with the class prompt for each."""
+    rows = []
+    for i in range(2):
+        own_picture(folder / f"class_{i:05d}.png")
+        rows.append(json.dumps({"file_name": f"class_{i:05d}.png", "text": "bunny"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    before = contents(folder)
+    folder_of_step = train(tiny_model).parent / "checkpoint-2"
+    state = read_json(folder_of_step / checkpoint.STATE)
+    assert state.pop("class_sha256")
+    write_json(folder_of_step / checkpoint.STATE, state)
+    (folder_of_step / checkpoint.SUMS).unlink()
+    (folder_of_step / checkpoint.SUMS).write_text(checkpoint._sums(folder_of_step))
+    train(tiny_model, steps=3)
+    assert contents(folder) == before
 
 
 def test_every_format_is_seen_and_what_is_no_picture_is_left_out(

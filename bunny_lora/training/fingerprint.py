@@ -18,7 +18,8 @@ from bunny_lora.config import Config
 from bunny_lora.core import provenance
 from bunny_lora.model import components, devices
 
-# The data's identity is its hash, not its path; the rest changes when things are written, not what.
+# Data and class images are told by their hash, not by their path; the rest changes when things are
+# written, not what.
 HARMLESS = {
     "output_dir", "data_dir", "source", "min_confidence", "allow_outside_paths", "resume",
     "num_workers", "pin_memory",

@@ -30,6 +30,7 @@ class Start:
     folder: Path | None = None
     history: tuple[dict[str, Any], ...] = ()
     base_sha256: str | None = None
+    class_sha256: str | None = None
 
     def check_base(self, sha256: str, precision: str) -> None:
         """Raise BunnyLoraError if the base model's weights are others than the state was made with."""
@@ -38,6 +39,15 @@ class Start:
             raise BunnyLoraError(
                 f"{self.folder} was made with other weights of the base model than those that its name"
                 f" stands for now. Bring the old ones back, or: {WAY_OUT}"
+            )
+
+    def check_class_images(self, sha256: str) -> None:
+        """Raise BunnyLoraError if the class images are others than the state was made with."""
+        if self.class_sha256 not in (None, sha256):  # Older runs tell of none.
+            raise BunnyLoraError(
+                f"{self.folder} was made with other class images than prior_preservation asks for now:"
+                " pictures or captions in class_data_dir, or the sampling settings that draw them, have"
+                f" changed. Set them back as they were to go on. {WAY_OUT}"
             )
 
 
@@ -155,7 +165,9 @@ def _read(folder: Path, now: Identity) -> Start:
             f" differ in their last bits from those of an unbroken run:\n{lines}"
         )
         history.append({"after_step": saved["step"], "environment": now.environment})
-    return Start(saved["step"], folder, tuple(history), saved.get("base_sha256"))
+    return Start(
+        saved["step"], folder, tuple(history), saved.get("base_sha256"), saved.get("class_sha256")
+    )
 
 
 def announce(run_dir: Path, start: Start) -> None:
