@@ -1,8 +1,11 @@
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import draw_frames, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components, devices
@@ -25,6 +28,65 @@ def test_the_estimate_follows_what_takes_memory(tiny_model: str, project: Path) 
     assert less < plain
     trained = needed(tiny_model, resolution=128, lora={"train_text_encoder": True})
     assert trained > plain
+
+
+class Tensors(TorchDispatchMode):
+    """Counts the bytes of real tensors that are made under it and alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.before: set[int] = set()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.before |= {s._cdata for s in storages((args, kwargs))} - self.alive.keys()
+        result = func(*args, **(kwargs or {}))
+        for storage in storages(result):
+            key = storage._cdata
+            if key not in self.before and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def storages(tree: object) -> list[torch.UntypedStorage]:
+    leaves = tree_leaves(tree)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"training": {"batch_size": 2}},
+        {"training": {"gradient_checkpointing": True}},
+        {"training": {"mixed_precision": "bf16"}},
+        {"lora": {"train_text_encoder": True}},
+        {"prior_preservation": {"enabled": True, "num_class_images": 1, "class_data_dir": "class"}},
+    ],
+    ids=str,
+)
+def test_the_estimate_is_what_a_real_step_takes(
+    tiny_model: str, project: Path, overrides: dict
+) -> None:
+    """The margins for allocator and kernels aside, which no count of tensors can see."""
+    draw_frames(project / "data" / "instance_images", 2)
+    trainer = LoRATrainer(config=tiny_config(tiny_model, resolution=64, **overrides))
+    trainer.load()
+    trainer._set_training_mode(True)
+    estimated = memory.step_bytes(trainer)
+    with Tensors() as measured:
+        trainer.learner.loss(0).backward()
+        trainer.optimizer.step()
+    moments = sum(2 * 4 * p.numel() for p in trainer.trainable())
+    packed = memory.REPACKED * sum(
+        p.numel() * p.element_size() for p in trainer.parts.unet.parameters()
+    )
+    tensors = (estimated - moments - packed) / memory.GAPS
+    assert measured.peak == pytest.approx(tensors, rel=0.02)
+    assert measured.peak + moments < estimated
 
 
 def test_what_does_not_fit_is_refused_before_training_with_what_to_lower(
