@@ -91,7 +91,8 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = Field(4, ge=1)
     gradient_checkpointing: bool = False
     max_grad_norm: float = Field(1.0, gt=0)
-    # How likely each part of a caption, between commas, is left out; the first one always stays.
+    # How likely each part of a caption, between commas, is left out; the first one and those
+    # with a character's name always stay.
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     # Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556; its authors use 5. None: all alike.

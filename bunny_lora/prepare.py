@@ -11,6 +11,9 @@ from bunny_lora.data import frames, writing
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
+SETTINGS = ("source", "min_confidence", "instance_prompt", "allow_outside_paths", "base_model")
+"""What prepared data depend on, `base_model` for its tokenizer."""
+
 
 def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """Write `config.data_dir` from `config.source` and return the summary, `data_summary.json`.

@@ -7,7 +7,7 @@
       training.learning_rate: [1.0e-3, 2.0e-3]
 
 Every run is an ordinary run folder below `output_dir`, trained and evaluated; the same command goes on
-where it stopped.
+where it stopped. Points that prepare their data differently have data of their own, in `data/`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from bunny_lora import prepare
 from bunny_lora.config import Config, Section, load_config, set_key
 from bunny_lora.core import files, paths
 from bunny_lora.core.values import OwnFolder
 from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
-from bunny_lora.prepare import prepare_data
 from bunny_lora.trainer import LoRATrainer
 
 LEADERBOARD = "leaderboard.csv"
@@ -83,6 +83,8 @@ def read_sweep(path: Path) -> tuple[Path, list[Run]]:
         settings = dict(zip(sweep.grid, values, strict=True))
         name = _name(settings)
         overrides: dict[str, Any] = {"output_dir": f"{sweep.output_dir}/{name}"}
+        if data := {key: value for key, value in settings.items() if key in prepare.SETTINGS}:
+            overrides["data_dir"] = f"{sweep.output_dir}/data/{_name(data)}/instance_images"
         for key, value in settings.items():
             set_key(overrides, key, value)
         base = paths.resolve(sweep.config) if sweep.config else None
@@ -130,7 +132,7 @@ def sweep_on_cluster(
     """Do the runs as jobs of a cluster, and wait for all of them.
 
     Args:
-        todo: what is left to do; the training data is prepared here first, since all of them read it.
+        todo: what is left to do; the training data are prepared here first, since runs share them.
         folder: on a disk that every machine of the cluster sees; logs of the jobs go to `jobs/` in it.
         options: what submitit's `AutoExecutor.update_parameters` takes: `timeout_min`, `cpus_per_task`,
             `slurm_partition`, ….
@@ -149,8 +151,8 @@ def sweep_on_cluster(
         raise BunnyLoraError(
             "Jobs on a SLURM cluster need the submitit package: `pip install submitit`."
         ) from None
-    for run in todo[:1]:
-        prepare_data(run.config)
+    for config in {run.config.data_dir: run.config for run in todo}.values():
+        prepare.prepare_data(config)
     try:
         executor = submitit.AutoExecutor(folder=folder / "jobs", cluster=cluster)
         executor.update_parameters(name="bunny_lora", **options)

@@ -210,7 +210,7 @@ class LoRATrainer:
         """Return `lora.start_from`, read before anything that takes long."""
         if self.config.lora.start_from is None:
             return {}
-        path = adapters.find_weights(self.config.lora.start_from)
+        path = adapters.find_weights(paths.resolve(self.config.lora.start_from))
         return formats.read_lora(path, {part: getattr(self.parts, part) for part in adapters.PARTS})
 
     def trainable(self) -> list[torch.nn.Parameter]:

@@ -63,9 +63,13 @@ def test_a_missing_model_is_explained_with_ways_out(project: Path) -> None:
         components.load_tokenizer("nobody/nothing")
 
 
-def test_a_relative_model_folder_starts_at_the_project_root(project: Path, tiny_model: str) -> None:
-    (project / "models").mkdir()
-    (project / "models" / "mine").symlink_to(tiny_model)
+def test_a_relative_model_folder_starts_at_the_project_root(
+    project: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (project / "models", project / "notebooks" / "models"):
+        folder.mkdir()
+        (folder / "mine").symlink_to(tiny_model)
+    monkeypatch.chdir(project / "notebooks")
     assert components.resolve_base_model("models/mine") == str(project / "models" / "mine")
     assert components.resolve_base_model("owner/name") == "owner/name"
 

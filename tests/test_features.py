@@ -104,6 +104,16 @@ def tiny_clip(tmp_path_factory):
     return folder
 
 
+def test_a_relative_clip_folder_starts_at_the_project_root(tiny_clip, project, monkeypatch):
+    (project / "models").mkdir()
+    (project / "models" / "clip").symlink_to(tiny_clip)
+    (project / "mine").symlink_to(tiny_clip)
+    monkeypatch.chdir(project / "notebooks")
+    for name in ("models/clip", "mine"):
+        look = features.load_features(name)
+        assert look.name == name and look([cartoon("#cc3333")]).shape == (1, 12)
+
+
 def test_clip_gives_the_projected_embedding_of_the_model(tiny_clip):
     images = [cartoon("#cc3333", size=(120, 80)), cartoon("#3366cc", size=(50, 90))]
     rows = features.load_features(str(tiny_clip))(images)

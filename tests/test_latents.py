@@ -258,3 +258,16 @@ def test_parts_of_captions_are_left_out_but_never_the_first(vae: AutoencoderKL, 
     whole = latents.encode_dataset(vae, images, cache)
     assert whole.batch(0, 0, 20, 1000).captions == [caption] * 20
     assert torch.equal(whole.batch(0, 0, 20, 1000).noise, encoded.batch(0, 0, 20, 1000).noise)
+
+
+def test_a_part_with_a_known_name_is_never_left_out(vae: AutoencoderKL, folder: Path) -> None:
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    caption = "ellie, snow, Rex the fox, trex, phil"
+    names = [("ellie", "rex"), *[("phil",)] * (N_IMAGES - 1)]
+    pairs = zip(images.samples, names, strict=True)
+    images.samples = [replace(sample, caption=caption, characters=who) for sample, who in pairs]
+    encoded = latents.encode_dataset(vae, images, folder.parent / "cache", tag_dropout=0.9)
+    drawn = encoded.batch(0, 0, 100, 1000).captions
+    seen = Counter(part for text in drawn for part in text.split(", "))
+    assert seen["ellie"] == seen["Rex the fox"] == seen["phil"] == 100
+    assert seen["snow"] < 30 and seen["trex"] < 30

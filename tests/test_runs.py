@@ -69,6 +69,22 @@ def test_only_a_config_with_a_finetuning_section_makes_a_host(outside, checkout,
     assert paths.project_root() == outside
 
 
+def run_folder(folder: Path, beside: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("finetuning: {}\n", encoding="utf-8")
+    (folder / "provenance.json").write_text("{}", encoding="utf-8")
+    (folder / beside).touch()
+    return folder
+
+
+@pytest.mark.parametrize("beside", ["config.input.yaml", "log.jsonl"])
+def test_a_runs_folder_is_no_hosts_root(outside, project, monkeypatch, beside):
+    monkeypatch.chdir(run_folder(project / "outputs" / "lora_weights", beside))
+    assert paths.project_root() == project
+    (project / "params" / "demo.yaml").touch()
+    assert paths.choose_params()[0] == project / "params" / "demo.yaml"
+
+
 @pytest.mark.parametrize("inner", [".", "notebooks", "outputs/run/deep"])
 def test_the_root_is_found_from_any_folder_inside_it(outside, project, monkeypatch, inner):
     (project / inner).mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
 """Sweeps: every point of the grid, once, wherever it runs."""
 
+import ast
 import csv
 from pathlib import Path
 
 import pytest
 from conftest import draw_frames, tiny_config
 
-from bunny_lora import cli, sweep
+from bunny_lora import cli, prepare, sweep
 from bunny_lora.config import merge
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
@@ -59,6 +60,29 @@ def test_a_sweep_over_the_demo_draws_the_demos_film_first(
     monkeypatch.setattr(sweep, "sweep_here", lambda todo: films.append(film.is_file()) or [])
     assert cli.main(["sweep", str(file)]) == 0
     assert films == [True]
+
+
+def test_points_with_other_data_settings_have_data_of_their_own(file: Path, project: Path) -> None:
+    for name, n_frames in (("few", 2), ("many", 3)):
+        draw_frames(project / name, n_frames)
+    text = file.read_text().replace("[1, 2]", "[1, 2]\n  source: [few, many]")
+    file.write_text(text)
+    grid = sweep.read_sweep(file)[1]
+    assert len({run.config.data_dir for run in grid}) == 2
+    for run in grid[:2]:
+        assert prepare.prepare_data(run.config)["n_images"] == {"few": 2, "many": 3}[run.config.source]
+    file.write_text(text.replace("source: [few, many]", "data_dir: [a/b, c/d]"))
+    assert {run.config.data_dir for run in sweep.read_sweep(file)[1]} == {"a/b", "c/d"}
+
+
+def test_every_setting_that_prepare_reads_is_known_to_a_sweep() -> None:
+    tree = ast.parse(Path(prepare.__file__).read_text(encoding="utf-8"))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "config"
+    }
+    assert read - {"data_dir"} == set(prepare.SETTINGS)
 
 
 def test_a_run_that_was_trained_further_is_judged_again(file: Path, project: Path) -> None:

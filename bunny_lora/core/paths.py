@@ -21,6 +21,18 @@ def is_config_file(path: Path) -> bool:
     return any(line.startswith("finetuning:") for line in text.splitlines())
 
 
+def host_config(folder: Path) -> Path | None:
+    """Return the `config.yaml` of the host pipeline whose folder this is, or None.
+
+    A run's folder holds a `config.yaml` too, but is nobody's root: ours has what is written beside it.
+    """
+    path = folder / "config.yaml"
+    is_run = (folder / "provenance.json").is_file() and any(
+        (folder / name).is_file() for name in ("config.input.yaml", "log.jsonl")
+    )
+    return path if is_config_file(path) and not is_run else None
+
+
 def project_root() -> Path:
     """Return the folder that relative paths start from.
 
@@ -31,7 +43,7 @@ def project_root() -> Path:
     if override := os.environ.get("BUNNY_LORA_ROOT"):
         return Path(override).resolve()
     cwd = Path.cwd()
-    if is_config_file(cwd / "config.yaml"):
+    if host_config(cwd):
         return cwd
     for folder in (cwd, *cwd.parents, PACKAGE_DIR.parent):
         if (folder / "params").is_dir() and (folder / "notebooks").is_dir():
@@ -72,8 +84,8 @@ def choose_params() -> tuple[Path | None, str]:
     root = project_root()
     if override := os.environ.get("BUNNY_LORA_PARAMS"):
         return resolve(override), "named by BUNNY_LORA_PARAMS"
-    if is_config_file(Path.cwd() / "config.yaml"):
-        return Path.cwd() / "config.yaml", "found in the working folder"
+    if path := host_config(Path.cwd()):
+        return path, "found in the working folder"
     if has_user_data():
         path, reason = root / "params" / "cpu.yaml", "found your own frames"
     else:

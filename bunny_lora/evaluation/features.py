@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
+from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation.palette import _palette
 from bunny_lora.model.components import BUNNY_WORLD, WORLD_WEIGHTS
@@ -50,8 +51,8 @@ def load_features(name: str, device: str = "cpu") -> Features:
     """Return the features called `name`.
 
     Args:
-        name: "palette", "bunny-world", or a CLIP model: a local folder or a hub name such as
-            openai/clip-vit-base-patch32.
+        name: "palette", "bunny-world", or a CLIP model: a local folder (from the project root, or
+            else from the working folder) or a hub name such as openai/clip-vit-base-patch32.
         device: where CLIP runs; the palette always runs on the CPU.
 
     Raises:
@@ -61,12 +62,13 @@ def load_features(name: str, device: str = "cpu") -> Features:
         return Features(name, _palette)
     if name == BUNNY_WORLD:
         return Features(name, _clip(str(WORLD_WEIGHTS / "clip"), device))
-    if "/" not in name and not Path(name).is_dir():
+    folder = next((path for path in (paths.resolve(name), Path(name)) if path.is_dir()), None)
+    if "/" not in name and folder is None:
         raise BunnyLoraError(
             f'Unknown evaluation.features "{name}": choose palette, bunny-world, or a CLIP model'
             " (a folder, or a hub name such as openai/clip-vit-base-patch32)."
         )
-    return Features(name, _clip(name, device))
+    return Features(name, _clip(name if folder is None else str(folder.absolute()), device))
 
 
 def _clip(name: str, device: str) -> Callable[[list[Image.Image]], torch.Tensor]:

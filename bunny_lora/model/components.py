@@ -53,7 +53,7 @@ def resolve_base_model(name: str) -> str:
         return str(WORLD_WEIGHTS / "sd")
     if name in random_models.STANDINS:
         return str(random_models.standin_folder(name))
-    for folder in (Path(name).expanduser(), paths.resolve(name)):
+    for folder in (paths.resolve(name), Path(name).expanduser()):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
     return name

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
+from bunny_lora.data.captions import find_name
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 
@@ -62,7 +63,8 @@ class EncodedImages:
     """A data set as latent distributions: `views[i]` are the one or several of `samples[i]`.
 
     `stream` names the random numbers, so that training and class images do not share theirs; `repeats`
-    says how often each image comes in an epoch, None: once.
+    says how often each image comes in an epoch, None: once. `names` are the characters of the data
+    set: a part of a caption that has one is never dropped.
     """
 
     samples: list[Sample]
@@ -71,6 +73,7 @@ class EncodedImages:
     stream: str
     tag_dropout: float = 0.0
     repeats: list[int] | None = None
+    names: frozenset[str] = frozenset()
 
     @property
     def captions(self) -> list[str]:
@@ -126,7 +129,11 @@ class EncodedImages:
     def _thinned(self, caption: str, random: torch.Generator) -> str:
         first, *rest = caption.split(", ")
         luck = torch.rand(len(rest), generator=random)
-        kept = [tag for tag, chance in zip(rest, luck, strict=True) if chance >= self.tag_dropout]
+        kept = [
+            tag
+            for tag, chance in zip(rest, luck, strict=True)
+            if chance >= self.tag_dropout or any(find_name(tag, name) for name in self.names)
+        ]
         return ", ".join([first, *kept])
 
 
@@ -166,7 +173,8 @@ def encode_dataset(
         cache_dir: holds one safetensors file a key; it may be deleted at any time.
         random_flip: encode the mirror images too.
         zoom_on_faces: encode the square around the face too, where there is one name and one face.
-        tag_dropout: share of a caption's parts, between commas, left out at random but for the first.
+        tag_dropout: share of a caption's parts, between commas, left out at random, but for the
+            first and those with a name of `images.characters`.
         num_workers: processes that decode images, as in torch's `DataLoader`.
         pin_memory: as in torch's `DataLoader`; speeds up copies to a GPU.
         repeats: how often each image comes in an epoch.
@@ -193,7 +201,9 @@ def encode_dataset(
     for i, view in enumerate(views):
         moments = tensors[f"{i:06d}"]
         encoded[view.index].append(EncodedView(moments, _faces_in(view, images, moments)))
-    return EncodedImages(images.samples, encoded, images.resolution // 8, stream, tag_dropout, repeats)
+    names = frozenset(name for sample in images.samples for name in sample.characters)
+    side = images.resolution // 8
+    return EncodedImages(images.samples, encoded, side, stream, tag_dropout, repeats, names)
 
 
 def _faces_in(view: View, images: ImageDataset, moments: torch.Tensor) -> list[list[float]]:
