@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from bunny_lora import inference
@@ -20,6 +19,9 @@ from bunny_lora.model import adapters
 from bunny_lora.report.grids import picture_grid
 from bunny_lora.report.plot import save_figure
 from bunny_lora.training.distributed import Processes
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
 

@@ -68,6 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     config = _with_config(commands.add_parser("config", help="print the configuration in full"))
     config.set_defaults(run=_config)
+    download = _with_config(commands.add_parser("download", help="fetch a base model from the hub"))
+    download.add_argument(
+        "model", nargs="?", help="owner/name, or owner/name@revision; default: base_model"
+    )
+    download.set_defaults(run=_download)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
     _add_export(commands.add_parser("export", help="write trained weights for other programs"))
     _add_sweep(commands.add_parser("sweep", help="train and evaluate over a grid of settings"))
@@ -162,6 +167,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     print(open_config(options.config, settings=options.set).to_yaml(), end="")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from bunny_lora.model import components, hub
+
+    name = options.model or open_config(options.config, settings=options.set).base_model
+    if folder := components.folder_here(name):
+        print(f"{name} needs no download: {relative(Path(folder))}")
+    else:
+        print(hub.download(name))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -23,7 +23,16 @@ from pydantic import (
 )
 
 from bunny_lora.core import paths
-from bunny_lora.core.values import MAX_NUMBER, MAX_SHOWN, OwnFolder, Recorded, is_text, kinds_of, shown
+from bunny_lora.core.values import (
+    MAX_NUMBER,
+    MAX_SHOWN,
+    OwnFolder,
+    Recorded,
+    is_text,
+    kinds_of,
+    shown,
+    split_revision,
+)
 from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
 
@@ -152,6 +161,7 @@ class EvaluationSection(Section):
 class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
+    # A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch.
     base_model: Recorded = "nota-ai/bk-sdm-tiny"
     method: Literal["lora"] = "lora"
     output_dir: OwnFolder = "outputs/lora_weights"
@@ -185,7 +195,7 @@ class Config(Section):
     def _listed(cls, value: str) -> str:
         if "://" in value:
             raise ValueError("takes a folder or the name of a hub repository, no address")
-        if suggestion := UNLISTED_MODELS.get(value):
+        if suggestion := UNLISTED_MODELS.get(split_revision(value)[0]):
             raise ValueError(
                 f"{value} is a name from old documents that its maker does not list;"
                 f" the small Stable Diffusion meant is {suggestion}: set base_model: {suggestion}"

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bunny_lora.config import load_config
 from bunny_lora.core import files, paths
+from bunny_lora.core.values import with_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
 from bunny_lora.model.adapter_files import read_config
 from bunny_lora.training.handover import HANDOVER, read_handover
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
 def load_lora_pipeline(
@@ -76,7 +79,7 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
             " `bunny-lora train` again to write it anew."
         )
     weights = {weights_dir: told.recommended.lora_scale}
-    return load_lora_pipeline(told.base_model, weights, device)
+    return load_lora_pipeline(with_revision(told.base_model, told.base_revision), weights, device)
 
 
 def recorded_base_model(weights_dir: Path | None) -> str:
@@ -89,8 +92,9 @@ def recorded_base_model(weights_dir: Path | None) -> str:
         if (weights_dir.parent / "config.yaml").is_file():
             return load_config(weights_dir.parent / "config.yaml").base_model
         folder = next(iter(adapters.adapter_parts(weights_dir).values()))
-        if name := read_config(folder).base_model_name_or_path:
-            return name
+        recorded = read_config(folder)
+        if name := recorded.base_model_name_or_path:
+            return with_revision(name, recorded.revision)
     raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
 
 

@@ -106,7 +106,9 @@ class LoRATrainer:
 
     def _train_what_is_left(self, final: Path) -> Path:
         with interrupts.stoppable():
-            about = Identity.of(self.config, dataset.data_sha256(self.data_dir), self.group.count)
+            commit = components.base_commit(self.config.base_model)
+            data = dataset.data_sha256(self.data_dir)
+            about = Identity.of(self.config, data, self.group.count, commit)
             start, complete = self.group.told_by_main(lambda: self._open(about, final))
             if not complete:
                 self.load(start)
@@ -223,7 +225,7 @@ class LoRATrainer:
         if config.training.gradient_checkpointing:
             self.parts.unet.enable_gradient_checkpointing()
             if config.lora.train_text_encoder:
-                self.parts.text_encoder.gradient_checkpointing_enable()
+                self.parts.text_encoder.activation_checkpointing_enable()
         names = adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
         return {
             part: adapters.attach(

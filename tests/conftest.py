@@ -54,6 +54,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def open_image(path: Path) -> Image.Image:
+    """Return a whole picture whose file is closed again."""
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def draw_frames(folder: Path, n_images: int, seed: int = 0) -> Path:
     """Write small coloured frames, 96 x 54, with captions; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from conftest import open_image
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from bunny_lora import batch, cli, inference
 from bunny_lora.errors import BunnyLoraError
@@ -24,7 +24,7 @@ def test_a_batch_goes_on_and_draws_anew_what_changed(
     paths = batch.draw_batch(pipe, prompts, seeds, tmp_path, identity, **FAST)
     assert [path.name for path in paths] == ["0000-1.png", "0000-2.png", "0001-1.png", "0001-2.png"]
     alone = inference.generate_image(pipe, "rex in snow", seed=2, **FAST)
-    assert Image.open(paths[3]).tobytes() == alone.tobytes()
+    assert open_image(paths[3]).tobytes() == alone.tobytes()
 
     def redrawn(prompts: list[str], identity: dict) -> list[str]:
         before = {path: path.stat().st_mtime_ns for path in paths}
@@ -47,7 +47,7 @@ def test_contact_sheets_hold_a_dozen_prompts_each(
     batch.draw_batch(pipe, prompts, [1], tmp_path, {}, **FAST)
     sheets = sorted(path.name for path in tmp_path.glob("contact_sheet-*.png"))
     assert sheets == ["contact_sheet-1.png", "contact_sheet-2.png"]
-    assert Image.open(tmp_path / sheets[0]).height > Image.open(tmp_path / sheets[1]).height
+    assert open_image(tmp_path / sheets[0]).height > open_image(tmp_path / sheets[1]).height
 
 
 def test_prompts_come_from_lines_of_text(tmp_path: Path) -> None:

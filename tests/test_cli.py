@@ -12,6 +12,7 @@ from PIL import Image
 
 from bunny_lora import cli
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import hub
 from bunny_lora.world.film import write_film
 
 
@@ -35,7 +36,8 @@ def test_train_generate_and_evaluate_work_one_after_the_other(
     assert (
         cli.main([*picture, "--prompt", "rex", "--seed", "1", "--seed", "2", "--output", "many"]) == 0
     )
-    assert Image.open("one.png").size == (32, 32)
+    with Image.open("one.png") as image:
+        assert image.size == (32, 32)
     names = sorted(path.name for path in Path("many").iterdir())
     assert names == ["00-1.png", "00-2.png", "01-1.png", "01-2.png"]
     assert cli.main(["evaluate", "--config", str(config_file)]) == 0
@@ -60,6 +62,18 @@ def test_config_prints_a_file_that_can_be_read_back(
     cli.main(["config", "--config", str(config_file), "--set", "training.seed=5"])
     text = capsys.readouterr().out.partition("\n")[2]
     assert yaml.safe_load(text)["finetuning"]["training"]["seed"] == 5
+
+
+def test_download_fetches_the_named_model_or_the_configurations(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fetched = []
+    monkeypatch.setattr(hub, "download", fetched.append)
+    assert cli.main(["download", "owner/name@v1"]) == 0
+    assert cli.main(["download", "--set", "base_model=owner/other"]) == 0
+    assert fetched == ["owner/name@v1", "owner/other"]
+    assert cli.main(["download", "--config", str(config_file)]) == 0
+    assert "needs no download" in capsys.readouterr().out and len(fetched) == 2
 
 
 def test_a_mistake_is_one_message_and_status_2(project: Path) -> None:

@@ -71,7 +71,6 @@ def test_a_relative_model_folder_starts_at_the_project_root(
         (folder / "mine").symlink_to(tiny_model)
     monkeypatch.chdir(project / "notebooks")
     assert components.resolve_base_model("models/mine") == str(project / "models" / "mine")
-    assert components.resolve_base_model("owner/name") == "owner/name"
 
 
 def test_devices_and_precisions_resolve_to_what_is_there() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from conftest import open_image
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,8 +139,8 @@ def test_plain_pictures_are_copied_and_others_made_plain(root, data_dir):
     prepare(make_source(root, *frames), data_dir)
     assert list(captions(data_dir)) == ["plain.jpg", "turned.png", "grey.png", "lying.png"]
     assert (data_dir / "plain.jpg").read_bytes() == plain.path.read_bytes()
-    assert Image.open(data_dir / "turned.png").size == (48, 64)
-    assert {Image.open(data_dir / name).mode for name in captions(data_dir)} == {"RGB"}
+    assert open_image(data_dir / "turned.png").size == (48, 64)
+    assert {open_image(data_dir / name).mode for name in captions(data_dir)} == {"RGB"}
 
 
 def test_names_that_collide_get_a_suffix(root, data_dir):

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_frames, tiny_config
-from PIL import Image
+from conftest import draw_frames, open_image, tiny_config
 from safetensors.torch import load_file
 
 from bunny_lora import report
@@ -118,7 +117,7 @@ def assert_same_but_for_rounding(run: Path, oracle: Path) -> None:
     shown = sorted(path.relative_to(oracle) for path in oracle.glob("samples/*/*.png"))
     assert len(shown) == 6
     for name in shown:
-        got, wanted = (np.asarray(Image.open(folder / name), float) for folder in (run, oracle))
+        got, wanted = (np.asarray(open_image(folder / name), float) for folder in (run, oracle))
         assert abs(got - wanted).max() <= 2, name
 
 
@@ -161,11 +160,11 @@ def test_evaluation_and_batches_are_shared_and_come_out_the_same(
     shared = finished(2, "evaluate", "--config", path)
     by_two = read_json(project / "run" / "evaluation" / "eval.json")
     files = [project / "run" / "evaluation" / p["file"] for p in by_two["pictures"]]
-    pixels = [np.asarray(Image.open(file)) for file in files]
+    pixels = [np.asarray(open_image(file)) for file in files]
     for file in files:
         file.unlink()
     alone = evaluate(project / "run", config=config)
-    assert all(np.array_equal(a, Image.open(b)) for a, b in zip(pixels, files, strict=True))
+    assert all(np.array_equal(a, open_image(b)) for a, b in zip(pixels, files, strict=True))
     told = ("models", "differences", "drift", "reference")
     assert {key: by_two[key] for key in told} == {key: alone[key] for key in told}
     assert "features: palette" in shared[0] and not shared[1]

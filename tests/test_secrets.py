@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import draw_frames, tiny_config
-from PIL import Image
+from conftest import draw_frames, open_image, tiny_config
 
 from bunny_lora import inference
 from bunny_lora.cli import main
@@ -39,7 +38,7 @@ def leaks(folder: Path, words: list[str]) -> list[str]:
     for path in (path for path in folder.rglob("*") if path.is_file()):
         text = path.read_bytes()
         if path.suffix == ".png":
-            text += str(Image.open(path).info).encode()
+            text += str(open_image(path).info).encode()
         found += [f"{path.relative_to(folder)}: {word}" for word in words if word.encode() in text]
     return found
 

@@ -262,7 +262,9 @@ def test_prior_preservation_draws_class_images_once_and_weighs_their_loss(
         trainer.load()
         losses[weight] = trainer.learner.loss(0).item()
     pictures = sorted((project / "class").glob("*.png"))
-    assert len(pictures) == 2 and Image.open(pictures[0]).size == (32, 32)
+    assert len(pictures) == 2
+    with Image.open(pictures[0]) as image:
+        assert image.size == (32, 32)
     assert losses[3.0] - losses[0.0] == pytest.approx(3 * (losses[1.0] - losses[0.0]), rel=1e-4)
     alone = LoRATrainer(config=tiny_config(tiny_model))
     alone.load()

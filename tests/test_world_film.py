@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import open_image
 
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.world.attributes import HEROES, PLACES
@@ -110,7 +110,7 @@ def test_neighbours_are_nearly_the_same(film):
     pairs = [(first, second) for first, second in pairwise(frames) if first["scene"] == second["scene"]]
     assert len(pairs) > 20
     for pair in pairs[:5]:
-        images = [Image.open(film / "frames" / f"{frame['frame_id']}.jpg") for frame in pair]
+        images = [open_image(film / "frames" / f"{frame['frame_id']}.jpg") for frame in pair]
         first, second = (np.asarray(image).astype(int) for image in images)
         assert 0 < np.abs(first - second).mean() < 8
 

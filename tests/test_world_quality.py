@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from PIL import Image
+from conftest import open_image
 
 from bunny_lora.world.attributes import HEROES
 from bunny_lora.world.pretraining import quality
@@ -35,7 +35,7 @@ def test_every_figure_is_measured_and_measured_alike_again(weights, tmp_path, mo
     follows = found["base_model"]["follows_the_prompt"]
     assert follows.keys() == QUESTIONS.keys() and all(0 <= share <= 1 for share in follows.values())
     assert found["heroes"].keys() == HEROES.keys()
-    assert Image.open(tmp_path / "samples.png").size == (12 * 32, 32)
-    assert Image.open(tmp_path / "reconstructions.png").size == (12 * 32, 2 * 32)
+    assert open_image(tmp_path / "samples.png").size == (12 * 32, 32)
+    assert open_image(tmp_path / "reconstructions.png").size == (12 * 32, 2 * 32)
     again = quality.measure(weights, weights / "reader.safetensors", tmp_path / "again", **small)
     assert again == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import unicodedata
 from pathlib import Path
@@ -42,6 +43,17 @@ def _own_folder(path: str) -> str:
 
 Recorded = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
 OwnFolder = Annotated[Recorded, AfterValidator(_own_folder)]
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return "owner/name" and the revision of "owner/name@revision", the hub's way to write both."""
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@(.+)", name)
+    return (match[1], match[2]) if match else (name, None)
+
+
+def with_revision(repo: str, revision: str | None) -> str:
+    """Return what `split_revision` takes apart."""
+    return f"{repo}@{revision}" if revision else repo
 
 
 def kinds_of(annotation: Any) -> set[Any]:

@@ -18,6 +18,7 @@ from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation.palette import _palette
 from bunny_lora.model.components import BUNNY_WORLD, WORLD_WEIGHTS
+from bunny_lora.model.quiet import quiet
 
 BATCH_SIZE = 16
 
@@ -77,8 +78,9 @@ def _clip(name: str, device: str) -> Callable[[list[Image.Image]], torch.Tensor]
     from transformers import CLIPImageProcessorPil, CLIPModel
 
     try:
-        processor = CLIPImageProcessorPil.from_pretrained(name)
-        model = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+        with quiet():
+            processor = CLIPImageProcessorPil.from_pretrained(name)
+            model = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(device)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BunnyLoraError(f"Could not load evaluation.features {name} as CLIP: {reason}") from error

@@ -133,7 +133,9 @@ def find_models(run_dir: Path, config: Config) -> list[Model]:
 
 
 def base_digest(base_model: str) -> str | None:
-    """Return one digest over a local base model's files; None of a hub's, whose name must serve."""
+    """Return one digest over a base model's files; of a hub's its commit, which names them."""
+    if commit := components.base_commit(base_model):
+        return commit
     folder = Path(components.resolve_base_model(base_model))
     files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
     return sha256(*sorted(files)) if files else None

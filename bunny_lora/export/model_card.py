@@ -16,6 +16,7 @@ from PIL import Image
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import paths
 from bunny_lora.core.files import read_json
+from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.formats import LoRA
@@ -51,7 +52,7 @@ class About:
         first = next(iter(next(iter(lora.values())).values()))
         return cls(
             title=run_dir.name if config else weights_dir.name,
-            base_model=base_model,
+            base_model=split_revision(base_model)[0],
             step=_step(weights_dir),
             config=config,
             characters=dict(Counter(n for sample in samples for n in sample.characters).most_common()),

@@ -6,12 +6,14 @@ of it is left.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from peft import PeftModel
@@ -23,6 +25,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.model_card import About, model_card
 from bunny_lora.model import adapters, components, formats
 from bunny_lora.model.formats import DIFFUSERS_NAME, PARTS, LoRA
+from bunny_lora.model.quiet import quiet
 
 FORMATS = ("peft", "diffusers", "kohya", "merged", "kohya-sd1")
 USUAL = ("peft", "diffusers", "kohya")
@@ -37,7 +40,7 @@ class _Job:
 
     lora: LoRA
     base_model: str
-    pipe: StableDiffusionPipeline
+    pipe: diffusers.StableDiffusionPipeline
     about: About
 
     @property
@@ -115,7 +118,10 @@ def _peft(job: _Job, folder: Path) -> Path:
     formats.write_peft(job.lora, path, job.base_model)
     seen = {}
     for part in job.lora:
-        handle = PeftModel.from_pretrained(job.models[part], path / part)
+        with warnings.catch_warnings():
+            # PEFT asks a text encoder by a name that transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            handle = PeftModel.from_pretrained(job.models[part], path / part)
         seen[part] = _changes(handle.base_model.model)
         handle.unload()
     _compare(path, seen, _expected(job.lora))
@@ -156,6 +162,7 @@ def _kohya_sd1(job: _Job, folder: Path) -> Path:
     return path
 
 
+@quiet()
 def _merged(job: _Job, folder: Path) -> Path:
     path = folder / "merged"
     before = {
@@ -170,7 +177,7 @@ def _merged(job: _Job, folder: Path) -> Path:
     _put(job, expected)
     components.save_model(job.pipe, path)
     _put(job, before)
-    merged = StableDiffusionPipeline.from_pretrained(
+    merged = diffusers.StableDiffusionPipeline.from_pretrained(
         path, safety_checker=None, requires_safety_checker=False
     )
     seen = {
@@ -200,6 +207,7 @@ def _weight(model: torch.nn.Module, name: str) -> torch.Tensor:
     return model.get_parameter(f"{name}.weight").data
 
 
+@quiet()
 def _as_diffusers_sees(job: _Job, path: Path) -> dict[str, dict[str, torch.Tensor]]:
     try:
         job.pipe.load_lora_weights(path)

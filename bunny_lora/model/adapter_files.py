@@ -65,6 +65,7 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[ModuleName, Alpha] = Field(default_factory=dict)
     use_rslora: bool = False
     base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 def check_adapter(folder: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from bunny_lora.config import LoRASection
 from bunny_lora.core import files, paths
 from bunny_lora.core.seeding import derive_seed
+from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.model.formats import LoRA, Module, peft_config
@@ -74,7 +75,7 @@ def attach(
             raise BunnyLoraError(
                 f"lora.{_TARGETS_KEY[part]} {targets} do not fit the {part}: {error}"
             ) from None
-    lora_config.base_model_name_or_path = base_model
+    lora_config.base_model_name_or_path, lora_config.revision = split_revision(base_model)
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
     return peft_model

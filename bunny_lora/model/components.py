@@ -12,19 +12,14 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import random_models
-
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()
+from bunny_lora.model import hub, random_models
+from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
 WORLD_WEIGHTS = Path(__file__).parents[1] / "world" / "weights"
@@ -45,10 +40,23 @@ class Components:
 
 
 def resolve_base_model(name: str) -> str:
-    """Return what `from_pretrained` takes: a local folder, or a repository of the hub.
+    """Return the folder of a base model, which a hub's is downloaded to where it is not yet here.
 
     Stand-ins are built where they are named for the first time.
+
+    Raises:
+        BunnyLoraError: there is no such folder, and the hub's model could not be had.
     """
+    return folder_here(name) or str(_from_hub(name))
+
+
+def base_commit(name: str) -> str | None:
+    """Return the commit of a hub's model that its name stands for here; None of a folder."""
+    return None if folder_here(name) else _from_hub(name).name
+
+
+def folder_here(name: str) -> str | None:
+    """Return the folder of a base model that needs no download, built if it is a stand-in."""
     if name == BUNNY_WORLD:
         return str(WORLD_WEIGHTS / "sd")
     if name in random_models.STANDINS:
@@ -56,9 +64,17 @@ def resolve_base_model(name: str) -> str:
     for folder in (paths.resolve(name), Path(name).expanduser()):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
-    return name
+    return None
 
 
+def _from_hub(name: str) -> Path:
+    try:
+        return hub.local(name)
+    except BunnyLoraError as error:
+        raise model_not_loaded(name, error) from error
+
+
+@quiet()
 def _load(part: Any, base_model: str, subfolder: str, **kwargs: object) -> Any:
     try:
         return part.from_pretrained(resolve_base_model(base_model), subfolder=subfolder, **kwargs)
@@ -68,12 +84,13 @@ def _load(part: Any, base_model: str, subfolder: str, **kwargs: object) -> Any:
 
 def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
     """Return the message for a base model that is neither here nor on the hub."""
-    reason = str(error).strip().splitlines()[0][:200]
+    known = isinstance(error, BunnyLoraError)
+    reason = str(error).strip() if known else str(error).strip().splitlines()[0][:200]
     return BunnyLoraError(
         f"Could not load the base model {base_model}: {reason}\n"
         "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
-        " nota-ai/bk-sdm-tiny, downloaded once with `hf download nota-ai/bk-sdm-tiny`), or, with no"
-        f" download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
+        " nota-ai/bk-sdm-tiny, 2 GB, fetched once by `bunny-lora download nota-ai/bk-sdm-tiny`), or,"
+        f" with no download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
         f" {' or '.join(random_models.STANDINS)} (random weights: they draw noise)."
     )
 
@@ -96,6 +113,7 @@ def load_noise_scheduler(base_model: str) -> DDPMScheduler:
     return _load(DDPMScheduler, base_model, "scheduler")
 
 
+@quiet()
 def sampler_name(base_model: str) -> str:
     """Return the class of diffusers that the base model draws with."""
     config = DDPMScheduler.load_config(resolve_base_model(base_model), subfolder="scheduler")
@@ -137,6 +155,7 @@ def encode_images(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch
     return distribution.mean.float() * scale, distribution.std.float() * scale
 
 
+@quiet()
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     """Return token ids, int64 [N, model_max_length], padded and truncated as Stable Diffusion does."""
     encoded = tokenizer(
@@ -155,11 +174,12 @@ def encode_prompts(components: Components, captions: Sequence[str]) -> torch.Ten
     return components.text_encoder(input_ids)[0]
 
 
-def pipeline_from(components: Components, base_model: str) -> StableDiffusionPipeline:
+@quiet()
+def pipeline_from(components: Components, base_model: str) -> diffusers.StableDiffusionPipeline:
     """Return a pipeline around parts that are already in memory, with the model's own sampler."""
     source = resolve_base_model(base_model)
     try:
-        return StableDiffusionPipeline.from_pretrained(
+        return diffusers.StableDiffusionPipeline.from_pretrained(
             source,
             tokenizer=components.tokenizer,
             text_encoder=components.text_encoder,
@@ -173,6 +193,7 @@ def pipeline_from(components: Components, base_model: str) -> StableDiffusionPip
         raise model_not_loaded(base_model, error) from error
 
 
+@quiet()
 def save_model(model: Any, folder: Path) -> None:
     """Write a model or a pipeline as its library does, but for the folder that it was loaded from."""
     model.save_pretrained(folder)
@@ -184,9 +205,10 @@ def save_model(model: Any, folder: Path) -> None:
             )
 
 
+@quiet()
 @torch.no_grad()
 def draw_image(
-    pipe: StableDiffusionPipeline,
+    pipe: diffusers.StableDiffusionPipeline,
     prompt: str,
     *,
     seed: int,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bunny_lora.core import files
+from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.adapter_files import CONFIG, WEIGHTS, checked, read_config, read_weights
 
@@ -246,7 +247,7 @@ def write_peft(lora: LoRA, folder: Path, base_model: str) -> None:
         state = _named(modules, "base_model.model.", (".lora_A.weight", ".lora_B.weight"))
         save_file(state, folder / part / WEIGHTS, {"format": "pt"})
         config = peft_config(modules)
-        config.base_model_name_or_path = base_model
+        config.base_model_name_or_path, config.revision = split_revision(base_model)
         told = {"peft_type": "LORA"} | config.to_dict()
         told |= {"target_modules": sorted(told["target_modules"])}
         files.write_json(folder / part / CONFIG, told)

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import bpe
+from bunny_lora.model.quiet import quiet
 
 # Words that the stand-in's tokenizer knows as one token, about as CLIP's would.
 _TEXT = """
@@ -105,7 +107,8 @@ def build_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
     return bpe.build_tokenizer(WORDS, model_max_length)
 
 
-def build_pipeline(shape: Shape, seed: int = 0) -> StableDiffusionPipeline:
+@quiet()
+def build_pipeline(shape: Shape, seed: int = 0) -> diffusers.StableDiffusionPipeline:
     """Return a pipeline with random float32 weights, the same for the same seed."""
     tokenizer = build_tokenizer(shape.text_tokens)
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +128,7 @@ def build_pipeline(shape: Shape, seed: int = 0) -> StableDiffusionPipeline:
         for name, build in parts.items():
             torch.manual_seed(derive_seed(seed, f"stand-in {name}"))
             built[name] = build()
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         **built,
         tokenizer=tokenizer,
         scheduler=_build_scheduler(),
@@ -171,5 +174,6 @@ def standin_folder(name: str) -> Path:
         with files.atomic_path(folder) as part:
             pipeline = build_pipeline(STANDINS[name])
             pipeline = pipeline.to(torch.float16) if name != "random-tiny" else pipeline
-            pipeline.save_pretrained(part)
+            with quiet():
+                pipeline.save_pretrained(part)
     return folder

@@ -13,9 +13,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -29,6 +28,9 @@ from bunny_lora.data.metadata import METADATA, json_lines
 from bunny_lora.errors import BunnyLoraError, LeftOutError
 from bunny_lora.training import validation
 from bunny_lora.training.validation import ValidationImage
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 TEXT = "class_image"  # of a PNG: what drew it, and the hash of its pixels
 BASE = ("base_model", "base_sha256", "precision")

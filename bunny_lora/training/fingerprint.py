@@ -16,6 +16,7 @@ import torch
 
 from bunny_lora.config import Config
 from bunny_lora.core import provenance
+from bunny_lora.core.values import split_revision
 from bunny_lora.model import components, devices
 
 # Data and class images are told by their hash, not by their path; the rest changes when things are
@@ -39,18 +40,21 @@ class Identity:
     settings: dict[str, Any]
     data_sha256: str
     environment: dict[str, str]
+    base_commit: str | None = None  # Of a base model from the hub; older runs tell of none.
 
     @classmethod
-    def of(cls, config: Config, data_sha256: str, n_processes: int = 1) -> Identity:
+    def of(
+        cls, config: Config, data_sha256: str, n_processes: int = 1, base_commit: str | None = None
+    ) -> Identity:
         """Return the identity of a run that is about to start here, in so many processes."""
         environment = environment_of(config) | {"processes": str(n_processes)}
-        return cls(settings_of(config), data_sha256, environment)
+        return cls(settings_of(config), data_sha256, environment, base_commit)
 
     def as_dict(self) -> dict[str, Any]:
         """Return settings and data as JSON takes them, with one hash over the settings."""
         digest = hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()
         settings = {"settings": self.settings, "settings_sha256": digest}
-        return settings | {"data_sha256": self.data_sha256}
+        return settings | {"data_sha256": self.data_sha256, "base_commit": self.base_commit}
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -59,6 +63,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     if config.training.lr_scheduler.startswith("constant"):
         ignored = ignored | {"training.max_train_steps"}
     settings = _flat(config.model_dump(mode="json"))
+    settings["base_model"], _ = split_revision(config.base_model)  # Its commit tells more.
     return {key: v for key, v in settings.items() if not {key, key.split(".")[0]} & ignored}
 
 
@@ -96,6 +101,11 @@ def mathematical_differences(before: Identity, now: Identity) -> list[str]:
     found = _compare(before.settings, now.settings)
     if before.data_sha256 != now.data_sha256:
         found.append("the training data: other images or captions now")
+    if None not in (before.base_commit, now.base_commit) and before.base_commit != now.base_commit:
+        found.append(
+            f"the base model's commit: {before.base_commit} before, {now.base_commit} now; `@` and the"
+            " commit after its name, in base_model, bring one back"
+        )
     return found
 
 

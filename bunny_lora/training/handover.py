@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths
+from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
@@ -59,6 +60,7 @@ class Handover(_Part):
 
     schema_version: Literal[1] = 1
     base_model: str
+    base_revision: str | None = None
     weights: str
     weights_sha256: str
     format: Literal["peft"] = "peft"
@@ -84,7 +86,8 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
     tokenizer = components.load_tokenizer(config.base_model)
     counts = Counter(name for sample in _samples(config) for name in sample.characters)
     handover = Handover(
-        base_model=config.base_model,
+        base_model=split_revision(config.base_model)[0],
+        base_revision=components.base_commit(config.base_model),
         weights=final.name,
         weights_sha256=digest,
         step=config.training.max_train_steps,

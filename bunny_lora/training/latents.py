@@ -190,7 +190,10 @@ def encode_dataset(
     path = cache_dir / f"{_key(vae, images, views)}.safetensors"
     if not path.is_file():
         loader = DataLoader(
-            _Pixels(images, views), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+            _Pixels(images, views),
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where it helps nobody.
         )
         bar = progress(_encode_each(vae, loader), desc="encode images", total=len(views))
         tensors = {f"{i:06d}": moments for i, moments in enumerate(bar)}

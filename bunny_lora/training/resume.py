@@ -88,16 +88,17 @@ def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
     start = _read(folder, now) if folder else _fresh(now)
     if named:
         _set_later_ones_aside(run_dir, start.step)
-    _describe(run_dir, config, now.data_sha256)
+    _describe(run_dir, config, now)
     return start
 
 
 def _refuse_another_run(run_dir: Path, now: Identity) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {WAY_OUT}")
-    old_data = files.read_json(run_dir / "provenance.json").get("data_sha256")
+    told = files.read_json(run_dir / "provenance.json")
     settings = fingerprint.settings_of(load_config(run_dir / "config.yaml"))
-    _refuse(run_dir, Identity(settings, old_data, now.environment), now)
+    before = Identity(settings, told.get("data_sha256"), now.environment, told.get("base_commit"))
+    _refuse(run_dir, before, now)
 
 
 def _refuse(folder: Path, before: Identity, now: Identity) -> None:
@@ -156,7 +157,8 @@ def _read(folder: Path, now: Identity) -> Start:
     saved = files.read_json(folder / checkpoint.STATE)
     history = list(saved["history"])
     environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
-    before = Identity(saved["settings"], saved["data_sha256"], environment)
+    commit = saved.get("base_commit")
+    before = Identity(saved["settings"], saved["data_sha256"], environment, commit)
     _refuse(folder, before, now)
     if found := fingerprint.environment_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
@@ -186,9 +188,8 @@ def announce(run_dir: Path, start: Start) -> None:
     print(f"{place}; {lost}")
 
 
-def _describe(run_dir: Path, config: Config, data_sha256: str) -> None:
-    files.write_json(
-        run_dir / "provenance.json", provenance.provenance() | {"data_sha256": data_sha256}
-    )
+def _describe(run_dir: Path, config: Config, now: Identity) -> None:
+    told = {"data_sha256": now.data_sha256, "base_commit": now.base_commit}
+    files.write_json(run_dir / "provenance.json", provenance.provenance() | told)
     files.write_text(run_dir / "config.input.yaml", config.given_yaml())
     files.write_text(run_dir / "config.yaml", config.to_yaml())  # Last: it makes the folder a run.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from bunny_lora.config import Config, TrainingSection
 from bunny_lora.core import files
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import components
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
 @dataclass(frozen=True)

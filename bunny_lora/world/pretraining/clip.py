@@ -23,6 +23,7 @@ from bunny_lora.core.files import atomic_path, read_json, write_json
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.data.images import crop_around
 from bunny_lora.model import components
+from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, Picture, Traits, hero_picture
 from bunny_lora.world.captions import caption
@@ -305,6 +306,7 @@ def same_hero_auc(vectors: torch.Tensor, pictures: Sequence[Picture]) -> float:
     return float(below.mean() / 2 / len(ordered))
 
 
+@quiet()
 def save_clip(clip: CLIPModel, folder: Path, size: int) -> None:
     """Write model and processor in transformers' format with float16 weights."""
     processor = CLIPImageProcessorPil(

@@ -15,6 +15,7 @@ from torch import nn
 
 from bunny_lora.core.files import atomic_path, sha256
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.quiet import quiet
 
 
 def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int = 200) -> float:
@@ -24,6 +25,7 @@ def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int =
     return peak * min(1.0, warm, cool)
 
 
+@quiet()
 def take_up(model: Any, folder: Path) -> str:
     """Fill a model of diffusers or transformers with the weights in `folder`; return a hash of them.
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel
 
 from bunny_lora.core.files import atomic_path, write_json
 from bunny_lora.core.seeding import generator
+from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption
@@ -51,11 +52,12 @@ def measure(
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        weights_dir / "sd", safety_checker=None, requires_safety_checker=False
-    )
+    with quiet():
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+            weights_dir / "sd", safety_checker=None, requires_safety_checker=False
+        )
+        clip = CLIPModel.from_pretrained(weights_dir / "clip").eval()
     pipeline.set_progress_bar_config(disable=True)
-    clip = CLIPModel.from_pretrained(weights_dir / "clip").eval()
     size = pipeline.vae.config.sample_size
 
     found: dict[str, Any] = {"vae": _measure_vae(pipeline, seed, size, n_heldout // 4, out_dir)}
@@ -84,7 +86,7 @@ def measure(
 
 
 def _measure_vae(
-    pipeline: StableDiffusionPipeline, seed: int, size: int, n: int, out_dir: Path
+    pipeline: diffusers.StableDiffusionPipeline, seed: int, size: int, n: int, out_dir: Path
 ) -> dict[str, float]:
     unseen, heroes = heldout(seed, size, n), hero_images(seed, size, -(-n // 4))
     shown = torch.cat([unseen[:6], heroes[:: len(heroes) // 6][:6]])
@@ -101,7 +103,7 @@ def _measure_vae(
 
 
 def _measure_names(
-    pipeline: StableDiffusionPipeline,
+    pipeline: diffusers.StableDiffusionPipeline,
     clip: CLIPModel,
     vectors: torch.Tensor,
     n_each: int,
@@ -152,7 +154,10 @@ def _name_prompts(names: Sequence[str], n: int, seed: int) -> Iterator[str]:
 
 
 def _draw_all(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, report: Callable[[str], None]
+    pipeline: diffusers.StableDiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    report: Callable[[str], None],
 ) -> torch.Tensor:
     """Return one picture a prompt, uint8 [N, 3, H, W]; each has a seed of its own."""
     images = []

@@ -21,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -32,6 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core.files import atomic_path, read_json, sha256, write_json
 from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components, diffusion
+from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
@@ -55,6 +57,7 @@ PROMPTS = (
 )
 
 
+@quiet()
 def build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
     """Return an untrained UNet (`unet`) for latents of `side` x `side`, and a text encoder to fit it.
 
@@ -244,11 +247,12 @@ def pretrain_sd(
     return out_dir / "sd"
 
 
+@quiet()
 def build_pipeline(
     models: nn.ModuleDict, tokenizer: CLIPTokenizer, vae_dir: Path
-) -> StableDiffusionPipeline:
+) -> diffusers.StableDiffusionPipeline:
     """Return an ordinary pipeline around copies of the models, on the CPU, without a safety checker."""
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(vae_dir),
         text_encoder=copy.deepcopy(models["text_encoder"]).cpu().eval(),
         tokenizer=tokenizer,
@@ -260,7 +264,7 @@ def build_pipeline(
     )
 
 
-def draw_samples(pipeline: StableDiffusionPipeline, path: Path, n_steps: int) -> None:
+def draw_samples(pipeline: diffusers.StableDiffusionPipeline, path: Path, n_steps: int) -> None:
     """Draw `PROMPTS`, two pictures each from seeds that stay, as one PNG."""
     pipeline.set_progress_bar_config(disable=True)
     rows = []
@@ -279,7 +283,8 @@ def draw_samples(pipeline: StableDiffusionPipeline, path: Path, n_steps: int) ->
         sheet.save(part)
 
 
-def export_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+@quiet()
+def export_pipeline(pipeline: diffusers.StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in diffusers' format with float16 weights; it is float16 afterwards.
 
     Transformers would load the text encoder in the precision that its configuration names, diffusers

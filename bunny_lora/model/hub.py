@@ -1,0 +1,132 @@
+"""Base models of the Hugging Face hub: the parts that are loaded, fetched once into its own cache.
+
+What lies in the cache is used as it is, with no question to the hub, so that a run goes on with the
+weights it began with; `bunny-lora download` asks for what is new.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects
+
+from bunny_lora.core.progress import progress
+from bunny_lora.core.values import split_revision
+from bunny_lora.errors import BunnyLoraError
+
+# Safetensors alone: a pickle can run code, and a safety checker is never loaded.
+NEEDED = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+LOADED = [*NEEDED, "tokenizer/merges.txt"]  # Newer tokenizers have it in their tokenizer.json.
+
+
+def local(name: str) -> Path:
+    """Return the folder of a hub's base model, downloaded if it is not in the cache.
+
+    Args:
+        name: "owner/name", or "owner/name@revision" with a commit, a tag or a branch.
+
+    Raises:
+        BunnyLoraError: it is not in the cache and cannot be had; the message says why.
+    """
+    return cached(name) or download(name)
+
+
+def cached(name: str) -> Path | None:
+    """Return the folder in the hub's cache if all parts are there, without any connection."""
+    repo, revision = split_revision(name)
+    try:
+        found = snapshot_download(repo, revision=revision, allow_patterns=LOADED, local_files_only=True)
+    except (EntryNotFoundError, HFValidationError):
+        return None
+    return None if _missing(Path(found)) else Path(found)
+
+
+def download(name: str) -> Path:
+    """Fetch what is new or missing of a hub's base model, with a bar; whole files are kept.
+
+    A connection that breaks is taken up again in the middle of a file, a few times.
+
+    Raises:
+        BunnyLoraError: no such model or no access to it, no connection, or it has no safetensors.
+    """
+    repo, revision = split_revision(name)
+    try:
+        _tell(name)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=LOADED, tqdm_class=cast(Any, progress)
+        )
+    except Exception as error:  # Its HTTP library is not ours to name, and raises what it likes.
+        raise _explained(name, error) from error
+    if missing := _missing(Path(folder)):
+        raise BunnyLoraError(
+            f"{name} is no Stable Diffusion in diffusers' layout with safetensors weights; it has no"
+            f" {', no '.join(missing)}. Weights as pickles (.bin, .ckpt) are not loaded from the hub,"
+            " since they can run code."
+        )
+    return Path(folder)
+
+
+def _tell(name: str) -> None:
+    """Say what is about to be fetched, before the bar."""
+    repo, revision = split_revision(name)
+    about = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    wanted = list(filter_repo_objects(sizes, allow_patterns=LOADED))
+    total = sum(sizes[path] for path in wanted)
+    print(
+        f"Downloading {repo}, commit {str(about.sha)[:12]}: {len(wanted)} of its {len(sizes)} files,"
+        f" {total / 1e9:.2g} of {sum(sizes.values()) / 1e9:.2g} GB, to the hub's cache"
+    )
+
+
+def _missing(folder: Path) -> list[str]:
+    return [pattern for pattern in NEEDED if not any(folder.glob(pattern))]
+
+
+def _explained(name: str, error: Exception) -> BunnyLoraError:
+    repo, revision = split_revision(name)
+    where = constants.ENDPOINT
+    again = f"bunny-lora download {name}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return BunnyLoraError(
+            f"{name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
+            f" and run `{again}` once, or copy the cache of a computer that has it."
+        )
+    if isinstance(error, GatedRepoError):
+        return BunnyLoraError(
+            f"{name} is gated: accept its terms at {where}/{repo}, then `hf auth login` with a token"
+            " of that account."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return BunnyLoraError(
+            f"{where} knows no {repo}, or it is private: check the name, or `hf auth login` first."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return BunnyLoraError(f"{repo} has no revision {revision}: name a commit, a tag or a branch.")
+    if isinstance(error, HFValidationError):
+        return BunnyLoraError(f"{repo} is neither a folder here nor a name that the hub could have.")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return BunnyLoraError(
+        f"{name} is not wholly in the hub's cache, and fetching it from {where} failed: {reason}\n"
+        f"Files that have arrived whole are kept; `{again}` fetches the others once that is mended."
+    )

@@ -1,0 +1,182 @@
+"""The way to a hub's model, in processes of their own that talk to a hub on loopback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, draw_frames, tiny_config
+from hub_server import COMMIT, Hub, serving
+from safetensors.torch import load_file, save_file
+
+from bunny_lora.config import Config
+from bunny_lora.core.values import split_revision
+from bunny_lora.model import random_models
+from bunny_lora.training import fingerprint
+from bunny_lora.training.fingerprint import Identity, mathematical_differences
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as such models lie on the hub: old names, pickles, a safety checker."""
+    folder = tmp_path_factory.mktemp("published")
+    random_models.build_pipeline(random_models.TINY).save_pretrained(folder)
+    tokens = folder / "tokenizer" / "tokenizer.json"
+    model = json.loads(tokens.read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    tokens.unlink()
+    weights = folder / "text_encoder" / "model.safetensors"
+    older = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(older, weights, {"format": "pt"})
+    for name in ("unet", "vae", "text_encoder", "safety_checker"):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"never loaded")
+    (folder / "README.md").write_text("a model card")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["_class_name"] == (
+        "PNDMScheduler"
+    )
+    return folder
+
+
+@pytest.fixture
+def hub(published: Path) -> Iterator[Hub]:
+    with serving(Hub(published)) as started:
+        yield started
+
+
+def bunny(hub: Hub, root: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run Python against the hub, with a cache below the root."""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "0"}
+    settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, *arguments]
+    env = os.environ | settings | env
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
+
+
+def test_only_what_is_loaded_is_fetched_with_a_bar_and_a_run_starts_from_it(
+    hub: Hub, project: Path
+) -> None:
+    done = fetch(hub, project, hub.name)
+    assert done.returncode == 0, done.stderr
+    assert f"Downloading {hub.name}, commit {COMMIT[:12]}: 11 of its " in done.stdout
+    assert "100%" in done.stderr
+    assert WEIGHTS in hub.fetched and "tokenizer/merges.txt" in hub.fetched
+    assert not [path for path in hub.fetched if path.endswith(".bin") or "safety" in path]
+
+    hub.asked.clear()
+    draw_frames(project / "data" / "instance_images", 2)
+    config = tiny_config(f"{hub.name}@main", training={"max_train_steps": 1})
+    (project / "params" / "tiny.yaml").write_text(config.to_yaml())
+    trained = bunny(
+        hub,
+        project,
+        "-m",
+        "bunny_lora",
+        "train",
+        "--config",
+        "params/tiny.yaml",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert not hub.asked
+    assert json.loads((project / "run/provenance.json").read_text())["base_commit"] == COMMIT
+    state = json.loads((project / "run/checkpoint-1/training_state.json").read_text())
+    assert state["base_commit"] == COMMIT
+    told = json.loads((project / "run/handover.json").read_text())
+    assert (told["base_model"], told["base_revision"]) == (hub.name, COMMIT)
+    adapter = json.loads((project / "run/final/unet/adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == (hub.name, "main")
+
+
+def fetch(hub: Hub, root: Path, name: str, **env: str) -> subprocess.CompletedProcess:
+    """Download without the command line, whose start takes longer."""
+    code = (
+        "from bunny_lora import errors, hub\n"
+        "hub.constants.DOWNLOAD_CHUNK_SIZE = 65536\n"  # What has not filled one is asked for again.
+        f"try: hub.download({name!r})\n"
+        "except errors.BunnyLoraError as error: exit(str(error))"
+    )
+    return bunny(hub, root, "-c", code, **env)
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, project: Path) -> None:
+    hub.cut = WEIGHTS
+    done = fetch(hub, project, hub.name)
+    assert done.returncode == 0, done.stderr
+    half = (hub.folder / WEIGHTS).stat().st_size // 2
+    assert hub.ranges == [f"{WEIGHTS} {half // 65536 * 65536}"]
+
+
+def test_after_a_download_that_failed_only_what_is_missing_is_fetched(hub: Hub, project: Path) -> None:
+    hub.cut, hub.cuts = WEIGHTS, 99
+    half = fetch(hub, project, hub.name)
+    assert half.returncode == 1 and "Traceback" not in half.stderr
+    assert "arrived whole are kept" in half.stderr
+    assert f"`bunny-lora download {hub.name}` fetches the others" in half.stderr
+    arrived = hub.fetched - {WEIGHTS}
+    hub.cut = None
+    hub.asked.clear()
+    assert fetch(hub, project, hub.name).returncode == 0
+    assert WEIGHTS in hub.fetched and len(arrived) > 5 and not hub.fetched & arrived
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("nobody/nothing", {}, "knows no nobody/nothing"),
+        ("somebody/tiny@v9", {}, "somebody/tiny has no revision v9"),
+        ("somebody/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "not wholly in the hub's cache"),
+        ("somebody/tiny", {"HF_HUB_OFFLINE": "1"}, "is not in the hub's cache, and HF_HUB_OFFLINE"),
+        ("not/a/name", {}, "neither a folder here nor a name that the hub could have"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_explained(
+    name: str, settings: dict, message: str, hub: Hub, project: Path
+) -> None:
+    failed = fetch(hub, project, name, **settings)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert message in failed.stderr
+
+
+def test_a_gated_model_says_where_its_terms_are(hub: Hub, project: Path) -> None:
+    hub.gated = True
+    failed = fetch(hub, project, hub.name)
+    assert failed.returncode == 1
+    assert f"is gated: accept its terms at {hub.address}/{hub.name}" in failed.stderr
+
+
+def test_a_model_of_pickles_alone_is_refused(published: Path, project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickles"
+    shutil.copytree(published, folder)
+    (folder / WEIGHTS).unlink()
+    with serving(Hub(folder)) as hub:
+        failed = fetch(hub, project, hub.name)
+    assert failed.returncode == 1
+    assert f"it has no {WEIGHTS}. Weights as pickles" in failed.stderr
+
+
+def test_a_name_may_carry_a_revision() -> None:
+    assert split_revision("owner/name@v1") == ("owner/name", "v1")
+    assert split_revision("owner/name@refs/pr/3") == ("owner/name", "refs/pr/3")
+    for whole in ("owner/name", "/mnt/a@b/sd", "~/models/sd@2", "bunny-world"):
+        assert split_revision(whole) == (whole, None)
+
+
+def test_another_commit_of_the_base_model_is_another_run_and_older_runs_go_on() -> None:
+    older, first, second = (Identity({}, "", {}, commit) for commit in (None, "a", "b"))
+    assert not mathematical_differences(older, first) + mathematical_differences(first, first)
+    assert "base model's commit: a before, b now" in mathematical_differences(first, second)[0]
+    pinned = fingerprint.settings_of(Config(base_model="owner/name@v1"))
+    assert pinned == fingerprint.settings_of(Config(base_model="owner/name"))
