@@ -103,7 +103,7 @@ def test_only_what_is_loaded_is_fetched_with_a_bar_and_a_run_starts_from_it(
 def fetch(hub: Hub, root: Path, name: str, **env: str) -> subprocess.CompletedProcess:
     """Download without the command line, whose start takes longer."""
     code = (
-        "from bunny_lora import errors, hub\n"
+        "from bunny_lora import errors; from bunny_lora.model import hub\n"
         "hub.constants.DOWNLOAD_CHUNK_SIZE = 65536\n"  # What has not filled one is asked for again.
         f"try: hub.download({name!r})\n"
         "except errors.BunnyLoraError as error: exit(str(error))"

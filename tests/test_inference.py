@@ -92,7 +92,7 @@ def test_the_base_model_is_read_from_the_run_or_the_adapter(run_dir: Path, tmp_p
 
 
 def test_a_base_model_of_other_shapes_is_refused(run_dir: Path, tmp_path: Path) -> None:
-    other = components.standins
+    other = components.random_models
     shape = other.Shape(
         **(vars(other.TINY) | {"unet": other.TINY.unet | {"block_out_channels": (16, 32)}})
     )

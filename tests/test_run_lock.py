@@ -22,7 +22,9 @@ def holder(run: Path) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == "held\n"
     return process
 
 
