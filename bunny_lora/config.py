@@ -203,16 +203,6 @@ class Config(Section):
         return value
 
     # Checks across keys hang on one of them each, so that one mistake does not hide the other.
-    @field_validator("use_8bit_adam")
-    @classmethod
-    def _8bit_adam_is_possible(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("device") == "cpu":
-            raise ValueError(
-                "needs a CUDA GPU and the bitsandbytes package; on device cpu set it to false"
-                " (LoRA's optimiser state is a few MB anyway)"
-            )
-        return value
-
     @field_validator("training")
     @classmethod
     def _precision_is_possible(cls, value: TrainingSection, info: ValidationInfo) -> TrainingSection:

@@ -234,6 +234,7 @@ def test_wrong_values_in_the_configuration_are_refused_by_their_key(unet, folder
         ("use_dora", True),
         ("lora_bias", True),
         ("bias", "all"),
+        ("kasa_config", {"beta": 1e-4}),
         ("modules_to_save", ["conv_in"]),
         ("layer_replication", [[0, 4]]),
         ("target_parameters", ["conv_in.weight"]),

@@ -118,3 +118,14 @@ def test_the_standins_tokenizer_keeps_any_text() -> None:
     tokenizer = random_models.build_tokenizer()
     ids = tokenizer("Ellie, ünïcode 🙂").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["ellie", ",", "ünïcode", "🙂"]
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+) -> None:
+    def is_supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert devices.resolve_dtype("auto", torch.device("cuda")) == expected

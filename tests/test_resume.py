@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import draw_frames, tiny_config
 
+from bunny_lora.core.files import read_json, write_json, write_text
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import checkpoint
@@ -153,3 +154,19 @@ def test_a_damaged_checkpoint_is_explained(tiny_model: str, data: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(BunnyLoraError, match="checkpoint-6 cannot be resumed from"):
         trainer.load(Start(6, trainer.run_dir / "checkpoint-6"))
+
+
+def test_a_checkpoint_from_before_a_key_existed_is_gone_on_with(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(PowerCutError):
+        run(tiny_model, "cut", cut_at=4)
+    path = data.parents[1] / "cut" / "checkpoint-3" / checkpoint.STATE
+    saved = read_json(path)
+    for key in ("training.caption_tag_dropout", "balance_characters"):
+        del saved["settings"][key]
+    write_json(path, saved)
+    sums = [line for line in checkpoint._sums(path.parent).splitlines() if checkpoint.SUMS not in line]
+    write_text(path.parent / checkpoint.SUMS, "\n".join(sums) + "\n")
+    run(tiny_model, "cut")
+    assert "Going on after step 3" in capsys.readouterr().out

@@ -22,19 +22,28 @@ from bunny_lora.errors import BunnyLoraError
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Kinds of LoRA that hold more, or other arithmetic, than A and B; what they are set to without it.
-VARIANTS = {
-    "use_dora": False,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "lora_bias": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
+# Of PEFT's settings, those that are read below, and those that say where an adapter is from, how it was
+# begun or trained: they change nothing in what its weights mean. Any other must be as PEFT has it.
+UNDERSTOOD = {
+    *(
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+    ),
+    *("use_rslora", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
+    *(
+        "inference_mode",
+        "init_lora_weights",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
+    *("fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 # These start from a base model that was changed; without that change the adapter is wrong.
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -102,7 +111,12 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _refuse_variants(given: dict[str, Any]) -> None:
-    unread = [name for name, plain in VARIANTS.items() if given.get(name, plain) not in (plain, None)]
+    plain = LoraConfig().to_dict()
+    unread = [
+        name
+        for name, value in given.items()
+        if name in plain.keys() - UNDERSTOOD and value and value != plain[name]
+    ]
     if given.get("init_lora_weights") in CHANGED_BASES:
         unread.append(f"init_lora_weights: {given['init_lora_weights']}")
     if unread:

@@ -32,7 +32,9 @@ def resolve_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     if mixed_precision != "auto":
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        )
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
@@ -54,6 +56,12 @@ def _container_bytes() -> float:
         return limit - used
     except (OSError, ValueError, KeyError):  # No limit ("max"), or no such system.
         return float("inf")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish what it was given, so that a clock that is read next tells its time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from bunny_lora.core import paths
-from bunny_lora.model import adapters
+from bunny_lora.model import adapters, devices
 from bunny_lora.model.devices import peak_memory_gb
 from bunny_lora.model.random_models import STANDINS
 from bunny_lora.training.objective import Learner
@@ -34,11 +34,15 @@ def time_trial(learner: Learner, optimizer: Optimizer) -> Trial:
 
     Twice, since the first pass also pays for allocating memory and choosing kernels.
     """
+    device = learner.components.device
     for _ in range(2):
+        devices.synchronize(device)
         started = time.perf_counter()
         loss = learner.loss(0)
+        devices.synchronize(device)
         forward_sec = time.perf_counter() - started
         loss.backward()
+        devices.synchronize(device)
         micro_batch_sec = time.perf_counter() - started
         optimizer.zero_grad()
     return Trial(micro_batch_sec, forward_sec)

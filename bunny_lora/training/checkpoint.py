@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,21 +66,20 @@ def save_checkpoint(
         milestone: false for a checkpoint that is there only to go on from, until a newer one is.
     """
     optimizer = state.optimizer.state_dict()
-    moments = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in optimizer["state"].items()
-        for name, value in values.items()
-    }
+    values = dict(_flat(optimizer["state"]))
+    moments = {key: v.detach().cpu().contiguous() for key, v in values.items() if torch.is_tensor(v)}
     position = {
         "step": state.step,
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
         "milestone": milestone,
         "param_groups": optimizer["param_groups"],
+        "optimizer_values": {key: v for key, v in values.items() if key not in moments},
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
     with files.atomic_path(folder) as part:
+        part.mkdir()
         for name, model in state.models.items():
             adapters.save_adapter(model, part / name)
         save_file(moments, part / OPTIMIZER)
@@ -97,7 +97,7 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     try:
         for name, model in state.models.items():
             adapters.load_weights(model, folder / name)
-        moments = load_file(folder / OPTIMIZER)
+        moments = load_file(folder / OPTIMIZER) | saved.get("optimizer_values", {})
         state.optimizer.load_state_dict(
             {"state": _by_parameter(moments), "param_groups": saved["param_groups"]}
         )
@@ -135,11 +135,23 @@ def restore(state: TrainingState, told: dict[str, Any]) -> None:
     state.step, state.skipped, state.skipped_in_a_row = told["position"]
 
 
-def _by_parameter(moments: dict[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
+def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what an optimiser keeps by its place, "0.exp_avg" or "0.inner.scale"."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _by_parameter(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in moments.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+    for key, value in values.items():
+        index, *folders, name = key.split(".")
+        inner = state.setdefault(int(index), {})
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = value
     return state
 
 

@@ -65,7 +65,8 @@ class Learner:
         batches = [self._batch(self.images, position)]
         if self.class_images is not None:
             batches.append(self._batch(self.class_images, position))
-        with torch.random.fork_rng():
+        device = self.components.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(training.seed, "dropout", position))
             losses = self._losses(_join(batches))
         prior_weight = self.config.prior_preservation.prior_loss_weight

@@ -158,7 +158,9 @@ def _read(folder: Path, now: Identity) -> Start:
     history = list(saved["history"])
     environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
     commit = saved.get("base_commit")
-    before = Identity(saved["settings"], saved["data_sha256"], environment, commit)
+    # A key that is younger than the checkpoint had its default, which keeps what was done before it.
+    settings = fingerprint.settings_of(Config()) | saved["settings"]
+    before = Identity(settings, saved["data_sha256"], environment, commit)
     _refuse(folder, before, now)
     if found := fingerprint.environment_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
