@@ -143,11 +143,11 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from bunny_lora import report
     from bunny_lora.prepare import prepare_data
-    from bunny_lora.report import data_figures
 
     config = open_config(options.config, settings=options.set, source=options.source)
-    print(data_figures.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
-    print(report.scores_table(evaluate(resolve(config.output_dir), config=config)))
+    print(report.scores_table(evaluate(config.run_dir, config=config)))
 
 
 def _config(options: argparse.Namespace) -> None:

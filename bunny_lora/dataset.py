@@ -1,4 +1,4 @@
-"""Write training data that any tool can load, and read it back as tensors, by position.
+"""Training data on disk, read back as tensors, by position; `prepare` writes it.
 
 The layout is the one that Hugging Face `datasets` calls `imagefolder`: pictures, and `metadata.jsonl`
 beside them with one `{"file_name": …, "text": …}` a line. `data_summary.json` lies one folder above.

@@ -6,7 +6,6 @@ from typing import Any
 
 from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
-from bunny_lora.core import paths
 from bunny_lora.data import frames, writing
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
@@ -27,13 +26,12 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         BunnyLoraError: no source, nothing usable in it, or edited data would be replaced.
     """
     tokenizer = components.load_tokenizer(config.base_model)
-    data_dir = paths.resolve(config.data_dir)
-    return writing.prepare(_read(config), data_dir, tokenizer=tokenizer, overwrite=overwrite)
+    return writing.prepare(_read(config), config.data_path, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def source_changed(config: Config) -> bool:
     """Whether `config.source` is there and says something else than when the data was prepared."""
-    summary = dataset.load_summary(paths.resolve(config.data_dir))
+    summary = dataset.load_summary(config.data_path)
     if summary is None:
         return False
     try:

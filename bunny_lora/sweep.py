@@ -52,7 +52,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where it is trained and evaluated."""
-        return paths.resolve(self.config.output_dir)
+        return self.config.run_dir
 
     @property
     def done(self) -> bool:
@@ -105,7 +105,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 def work(config: Config) -> None:
     """Train and evaluate one run, or go on with it."""
-    run_dir = paths.resolve(config.output_dir)
+    run_dir = config.run_dir
     LoRATrainer(config=config).train()
     evaluate(run_dir, config=config)
 

@@ -66,8 +66,8 @@ class LoRATrainer:
                     print(f"Configuration: {config_path or 'no file'} ({reason})")
             config = load_config(config_path, overrides)
         self.config = config
-        self.run_dir = paths.resolve(self.config.output_dir)
-        self.data_dir = paths.resolve(self.config.data_dir)
+        self.run_dir = self.config.run_dir
+        self.data_dir = self.config.data_path
         self.group = Processes()
 
     def train(self) -> Path:

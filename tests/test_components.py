@@ -129,3 +129,11 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert devices.resolve_dtype("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("kind", "n_waits"), [("cuda", 1), ("cpu", 0)])
+def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch, kind: str, n_waits: int) -> None:
+    waits: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    devices.synchronize(torch.device(kind))
+    assert len(waits) == n_waits

@@ -1,7 +1,9 @@
 """Training itself: what changes, what does not, and that it learns."""
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -340,10 +342,49 @@ def test_the_readmes_host_pipeline_runs_the_stage_from_its_own_config(
     assert "config.yaml (found in the working folder)" in capsys.readouterr().out
 
 
-def test_8bit_adam_without_its_package_or_gpu_is_explained() -> None:
-    config = load_config(None, {"use_8bit_adam": True, "device": "auto"})
-    with pytest.raises(BunnyLoraError, match=r"bitsandbytes|CUDA GPU"):
+class NoKernel(torch.optim.AdamW):
+    """What bitsandbytes' optimiser is where it has no kernel for the device."""
+
+    def step(self, closure: object = None) -> None:
+        raise NotImplementedError("no kernel for this device")
+
+
+@pytest.mark.parametrize(
+    ("installed", "explained"),
+    [
+        (None, "needs the bitsandbytes package"),
+        (NoKernel, "cannot step on cpu .no kernel for this device"),
+    ],
+)
+def test_8bit_adam_that_cannot_step_is_explained(
+    monkeypatch: pytest.MonkeyPatch, installed: type | None, explained: str
+) -> None:
+    optim = SimpleNamespace(AdamW8bit=installed)
+    module = None if installed is None else SimpleNamespace(optim=optim)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    config = load_config(None, {"use_8bit_adam": True})
+    with pytest.raises(BunnyLoraError, match=explained):
         build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+
+
+def test_8bit_adam_is_taken_wherever_it_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = SimpleNamespace(AdamW8bit=torch.optim.AdamW)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    config = load_config(None, {"use_8bit_adam": True, "training": {"learning_rate": 0.5}})
+    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_micro_batch_leaves_the_random_state_of_other_devices_alone(
+    tiny_model: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(tiny_model, training={"max_train_steps": 1})
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices=None: forked.append(devices) or fork(devices)
+    )
+    trainer.learner.loss(0)
+    assert forked == [[]]
 
 
 def test_the_banner_names_what_a_user_asks_first(

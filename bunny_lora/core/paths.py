@@ -1,4 +1,4 @@
-"""The project root, every path under it, atomic writes, and where a run came from.
+"""The project root, every path under it, and which configuration lies there.
 
 All relative paths in a configuration start at the project root, never at the working folder:
 papermill starts kernels in the caller's folder, nbval in the notebook's, and both must find the same

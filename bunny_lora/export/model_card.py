@@ -14,7 +14,6 @@ import yaml
 from PIL import Image
 
 from bunny_lora.config import Config, load_config
-from bunny_lora.core import paths
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
@@ -129,7 +128,7 @@ def _step(weights_dir: Path) -> int | None:
 
 def _samples(config: Config | None) -> list[Sample]:
     try:
-        return read_samples(paths.resolve(config.data_dir)) if config else []
+        return read_samples(config.data_path) if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 

@@ -25,26 +25,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of PEFT's settings, those that are read below, and those that say where an adapter is from, how it was
 # begun or trained: they change nothing in what its weights mean. Any other must be as PEFT has it.
 UNDERSTOOD = {
-    *(
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-    ),
-    *("use_rslora", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version"),
-    *(
-        "inference_mode",
-        "init_lora_weights",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    ),
-    *("fan_in_fan_out", "megatron_config", "megatron_core", "ensure_weight_tying", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
+    "task_type", "use_rslora",
+}  # fmt: skip
 # These start from a base model that was changed; without that change the adapter is wrong.
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

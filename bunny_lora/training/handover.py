@@ -151,6 +151,6 @@ def _known(run_dir: Path) -> Handover | None:
 
 def _samples(config: Config) -> list[Sample]:
     try:
-        return read_samples(paths.resolve(config.data_dir))
+        return read_samples(config.data_path)
     except BunnyLoraError:
         return []  # the training data did not come along
