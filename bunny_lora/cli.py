@@ -14,7 +14,7 @@ from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import relative, resolve
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
-from bunny_lora.session import open_config, write_demo_film
+from bunny_lora.session import open_config
 from bunny_lora.world.cli import add_world
 
 
@@ -252,8 +252,6 @@ def _sweep(options: argparse.Namespace) -> None:
     folder, grid = sweep.read_sweep(options.file)
     todo = [run for run in grid if not run.done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done")
-    if any(run.config.source == "bunny-world" for run in todo):
-        write_demo_film()
     if options.slurm is None:
         failures = sweep.sweep_here(todo)
     else:

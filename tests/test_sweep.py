@@ -52,18 +52,6 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
 
 
-def test_a_sweep_over_the_demo_draws_the_demos_film_first(
-    file: Path, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = project / "params" / "base.yaml"
-    base.write_text(base.read_text().replace("source: pictures", "source: bunny-world"))
-    films = []
-    film = project / "outputs" / "demo" / "film" / "llm_analysis" / "llm_analysis.json"
-    monkeypatch.setattr(sweep, "sweep_here", lambda todo: films.append(film.is_file()) or [])
-    assert cli.main(["sweep", str(file)]) == 0
-    assert films == [True]
-
-
 def test_points_with_other_data_settings_have_data_of_their_own(file: Path, project: Path) -> None:
     for name, n_frames in (("few", 2), ("many", 3)):
         draw_frames(project / name, n_frames)
