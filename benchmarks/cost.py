@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from bunny_lora import inference
 from bunny_lora.config import validate
 from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
@@ -132,8 +133,8 @@ def measure(base_model: str, resolution: int) -> Measured:
 
     def draw(n_steps: int) -> Callable[[], object]:
         options = {"guidance_scale": 7.5, "width": resolution, "height": resolution}
-        return lambda: components.draw_image(
-            trainer.pipe, "ellie", seed=0, num_inference_steps=n_steps, **options
+        return lambda: inference.generate_image(
+            trainer.pipe, "ellie", num_inference_steps=n_steps, **options
         )
 
     few, more = median_sec(draw(2), 3), median_sec(draw(6), 3)

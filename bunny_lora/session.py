@@ -61,8 +61,7 @@ def open_config(
 
 def _choose(config_path: str | Path | None, finetuning: object) -> tuple[Path | None, str]:
     if config_path is not None:
-        path = Path(config_path).expanduser()
-        return (path if path.is_file() else paths.resolve(path)), "named by you"
+        return paths.typed(config_path), "named by you"
     if finetuning is not None:
         return None, "the `finetuning` parameter over the defaults"
     return paths.choose_params()

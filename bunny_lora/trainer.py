@@ -15,6 +15,7 @@ from PIL import Image
 from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
+from bunny_lora.core.image_file import save_image
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
@@ -148,7 +149,7 @@ class LoRATrainer:
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
 
     def _missing_samples(self, step: int) -> list[ValidationImage]:
-        return validation.missing_samples(self.run_dir, self.config.training, step)
+        return validation.missing_samples(self.run_dir, self.config, step)
 
     def _is_complete(self, start: Start, final: Path) -> bool:
         done = start.folder is not None and start.step == self.config.training.max_train_steps
@@ -299,7 +300,7 @@ class LoRATrainer:
         self._set_training_mode(False)
         for sample, image in self.group.share(wanted, self._draw):
             if self.group.is_main:
-                validation.save(image, sample)
+                save_image(image, sample.path)
         self._set_training_mode(True)
 
     def _draw(self, sample: ValidationImage) -> Image.Image:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from bunny_lora.core.image_file import image_settings
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components, devices, random_models
 
@@ -47,11 +48,14 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
     tiny_model: str, parts: components.Components
 ) -> None:
     settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 48}
+    settings |= {"negative_prompt": "blurry"}
     pipe = components.pipeline_from(parts, tiny_model)
-    ours = components.draw_image(pipe, "rex", seed=5, negative_prompt="blurry", **settings)
+    ours = components.draw_image(
+        pipe, image_settings(prompt="rex", seed=5, sampler="PNDMScheduler", **settings)
+    )
     plain = StableDiffusionPipeline.from_pretrained(tiny_model)
     generator = torch.Generator("cpu").manual_seed(5)
-    theirs = plain("rex", generator=generator, negative_prompt="blurry", **settings).images[0]
+    theirs = plain("rex", generator=generator, **settings).images[0]
     assert ours.size == (64, 48) and ours.tobytes() == theirs.tobytes()
 
 

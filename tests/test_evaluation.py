@@ -143,10 +143,9 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
 def test_base_is_the_lora_at_scale_zero(evaluated):
     result, run = evaluated
     picture = next(p for p in result["pictures"] if p["model"] == "base")
-    settings = protocol.drawing(picture["seed"], load_config(run / "config.yaml"))
     pipe = inference.load_lora_pipeline(lora_weights_dir=run / "final")
-    off = inference.generate_image(pipe, picture["prompt"], lora_scale=0.0, **settings)
-    on = inference.generate_image(pipe, picture["prompt"], **settings)
+    off = inference.generate_image(pipe, picture["prompt"], seed=picture["seed"], lora_scale=0.0)
+    on = inference.generate_image(pipe, picture["prompt"], seed=picture["seed"])
     with Image.open(run / "evaluation" / picture["file"]) as base:
         assert base.convert("RGB").tobytes() == off.tobytes() != on.tobytes()
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import inference
 from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import read_json, write_json
+from bunny_lora.core.image_file import read_metadata, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.images import crop_around, open_rgb
@@ -160,7 +160,7 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
             f"images/training/{protocol.slug(character)}-{index}.png" for index in range(len(chosen))
         ]
         for crop, name in zip(chosen, names, strict=True):
-            inference.save_image(crop, run_dir / "evaluation" / name)
+            save_image(crop, run_dir / "evaluation" / name)
         shown[character] = names
     return shown
 
@@ -287,4 +287,4 @@ def run_info(run_dir: Path, config: Config) -> dict[str, Any]:
 def seconds_per_image(run_dir: Path, plan: list[Picture]) -> float:
     """Return the median time of drawing one image, whenever it was drawn."""
     files = [run_dir / "evaluation" / picture.file for picture in plan]
-    return round(statistics.median(protocol.parameters(file)["seconds"] for file in files), 3)
+    return round(statistics.median((read_metadata(file) or {})["seconds"] for file in files), 3)

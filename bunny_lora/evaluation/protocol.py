@@ -21,9 +21,11 @@ from PIL import Image
 from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core.files import sha256
+from bunny_lora.core.image_file import ImageSettings, add_metadata, is_current, save_image
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import adapters, components, devices
+from bunny_lora.training import validation
 from bunny_lora.training.distributed import Processes
 
 SUBJECT = "subject"  # stands for the one character of data that names none
@@ -158,7 +160,7 @@ def draw(
             if missing[model.name]:
                 for picture, image in draw_with(model, missing[model.name], config, group):
                     if group.is_main:
-                        inference.save_image(image, evaluation_dir / picture.file)
+                        save_image(image, evaluation_dir / picture.file)
                     bar.update()
                 gc.collect()
 
@@ -171,7 +173,9 @@ def _missing(
             picture
             for picture in plan
             if picture.model == model.name
-            and made_by(evaluation_dir / picture.file) != expected(picture, model, config)
+            and not is_current(
+                evaluation_dir / picture.file, settings_of(picture, config), model.identity
+            )
         ]
         for model in models
     }
@@ -187,31 +191,13 @@ def draw_with(
 
     def draw_one(picture: Picture) -> Image.Image:
         started = time.perf_counter()
-        image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
+        image = components.draw_image(pipe, settings_of(picture, config))
         seconds = round(time.perf_counter() - started, 3)
-        return inference.told(image, identity | {"seconds": seconds})
+        return add_metadata(image, identity | {"seconds": seconds})
 
     return group.share(pictures, draw_one)
 
 
-def drawing(seed: int, config: Config) -> dict[str, Any]:
-    """Return the arguments of `generate_image`."""
-    size = {"width": config.resolution, "height": config.resolution}
-    return {"seed": seed} | config.sampling.model_dump() | size
-
-
-def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
-    """Return what `made_by` says of an up-to-date picture."""
-    fixed = {"prompt": picture.prompt, "negative_prompt": None, "lora_scale": 1.0}
-    return fixed | drawing(picture.seed, config) | model.identity
-
-
-def made_by(path: Path) -> dict[str, Any] | None:
-    """Return what made a picture, without its time; None of a file that is missing or damaged."""
-    made = {key: value for key, value in parameters(path).items() if key != "seconds"}
-    return made or None
-
-
-def parameters(path: Path) -> dict[str, Any]:
-    """Return the settings that a PNG carries, after reading all of it; none if it is damaged."""
-    return inference.read_settings(path) or {}
+def settings_of(picture: Picture, config: Config) -> ImageSettings:
+    """Return how a picture is drawn: as the run's samples are."""
+    return validation.settings_of(config, picture.prompt, picture.seed)

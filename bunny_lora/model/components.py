@@ -13,10 +13,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora.core import files, paths
+from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import hub, random_models
 from bunny_lora.model.quiet import quiet
@@ -207,32 +209,31 @@ def save_model(model: Any, folder: Path) -> None:
 
 @quiet()
 @torch.no_grad()
-def draw_image(
-    pipe: diffusers.StableDiffusionPipeline,
-    prompt: str,
-    *,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    width: int,
-    height: int,
-    negative_prompt: str | None = None,
-    lora_scale: float = 1.0,
-) -> Image.Image:
-    """Draw one picture, width x height pixels, that depends on its arguments alone.
+def draw_image(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+    """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
     """
     pipe.set_progress_bar_config(disable=True)
+    if type(pipe.scheduler).__name__ != settings.sampler:
+        pipe.scheduler = _sampler(settings.sampler).from_config(pipe.scheduler.config)
+    scaled = settings.lora_scale != 1
     result = pipe(
-        prompt,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        width=width,
-        height=height,
-        cross_attention_kwargs=None if lora_scale == 1 else {"scale": lora_scale},
+        settings.prompt,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        width=settings.width,
+        height=settings.height,
+        cross_attention_kwargs={"scale": settings.lora_scale} if scaled else None,
     )
-    return result.images[0]
+    return add_metadata(result.images[0], settings.model_dump())
+
+
+def _sampler(name: str) -> Any:
+    known = {scheduler.name: scheduler for scheduler in KarrasDiffusionSchedulers}
+    if name not in known:
+        raise BunnyLoraError(f"No sampler {name[:100]!r}: diffusers has {', '.join(sorted(known))}.")
+    return getattr(diffusers, name)

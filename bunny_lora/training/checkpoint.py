@@ -219,6 +219,14 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def recorded_precision(folder: Path) -> str | None:
+    """Return the precision that a checkpoint was trained in, "bfloat16" for one; None if unrecorded."""
+    try:
+        return str(files.read_json(folder / STATE)["history"][-1]["environment"]["precision"])
+    except (BunnyLoraError, KeyError, IndexError, TypeError):
+        return None
+
+
 def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> None:
     """Remove the checkpoints that nobody needs any more.
 

@@ -20,6 +20,7 @@ from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
+from bunny_lora.training import checkpoint
 
 HANDOVER = "handover.json"
 SCHEMA_VERSION = 1
@@ -64,6 +65,7 @@ class Handover(_Part):
     weights: str
     weights_sha256: str
     format: Literal["peft"] = "peft"
+    precision: str | None = None
     step: int
     trigger_words: list[TriggerWord]
     token_budget: TokenBudget
@@ -90,6 +92,7 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
         base_revision=components.base_commit(config.base_model),
         weights=final.name,
         weights_sha256=digest,
+        precision=_newest_precision(run_dir),
         step=config.training.max_train_steps,
         trigger_words=[
             TriggerWord(word=name, training_images=n, tokens=count_tokens(name, tokenizer) - 2)
@@ -98,18 +101,23 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
         token_budget=TokenBudget(
             total=tokenizer.model_max_length, for_prompt=tokenizer.model_max_length - 2
         ),
-        recommended=Recommended(
-            lora_scale=1.0,
-            num_inference_steps=config.sampling.num_inference_steps,
-            guidance_scale=config.sampling.guidance_scale,
-            width=config.resolution,
-            height=config.resolution,
-            sampler=components.sampler_name(config.base_model),
-        ),
+        recommended=recommended_by(config),
         scores=scores,
     )
     files.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
     return run_dir / HANDOVER
+
+
+def recommended_by(config: Config) -> Recommended:
+    """Return how to draw with a run: as its samples and its evaluation are drawn."""
+    return Recommended(
+        lora_scale=1.0,
+        num_inference_steps=config.sampling.num_inference_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        width=config.resolution,
+        height=config.resolution,
+        sampler=components.sampler_name(config.base_model),
+    )
 
 
 def read_handover(run_dir: str | Path) -> Handover:
@@ -140,6 +148,20 @@ def read_handover(run_dir: str | Path) -> Handover:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise BunnyLoraError(f"{path} is damaged: {where}: {first['msg']}.") from None
+
+
+def recorded_precision(weights_dir: Path) -> str | None:
+    """Return the precision that a run's weights were trained in: what the checkpoint itself says, else
+    `handover.json`, else the newest checkpoint beside; None of a run that recorded none.
+    """
+    run_dir = weights_dir.parent
+    handed_over = read_handover(run_dir).precision if (run_dir / HANDOVER).is_file() else None
+    return checkpoint.recorded_precision(weights_dir) or handed_over or _newest_precision(run_dir)
+
+
+def _newest_precision(run_dir: Path) -> str | None:
+    newest = list(checkpoint.list_checkpoints(run_dir).values())[-1:]
+    return checkpoint.recorded_precision(newest[0]) if newest else None
 
 
 def _known(run_dir: Path) -> Handover | None:
