@@ -17,8 +17,8 @@ from bunny_lora.world.pretraining.clip import (
     character_traits,
     drawn_characters,
     hue_rotation,
+    hues_turned,
     pretrain_clip,
-    recoloured,
     same_hero_auc,
     view,
 )
@@ -124,7 +124,7 @@ def test_families_are_recoloured_together_and_said_to_be():
     images = torch.randint(60, 196, (40, 2, 3, 4, 4), dtype=torch.uint8)
     images[:, :, :, 0, 0] = 128
     images[:, :, :, 1, 1] = torch.tensor([200, 100, 100], dtype=torch.uint8)
-    after, kept = recoloured(images, np.random.default_rng(0))
+    after, kept = hues_turned(images, np.random.default_rng(0))
     assert torch.equal(after[kept], images[kept]) and 4 < int(kept.sum()) < 24 and kept[0]
     assert torch.equal(kept[::2], kept[1::2])
     assert (after[:, :, :, 0, 0] == 128).all()  # grey has no hue
