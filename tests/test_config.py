@@ -1,10 +1,16 @@
+import json
+import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
-from bunny_lora.config import Config, assign, known_keys, load_config, merge, validate
+from bunny_lora.config import Config, assign, json_schema, known_keys, load_config, merge, validate
+from bunny_lora.core import schema
 from bunny_lora.errors import BunnyLoraError
+
+PARAMS = Path(__file__).resolve().parents[1] / "params"
 
 # The configuration of a host pipeline: stages of its own around the section that is ours.
 HOST_CONFIG = """
@@ -220,6 +226,52 @@ def test_the_resolved_configuration_reads_back_to_the_same_and_prints_the_same(t
         again = load_text(tmp_path, config.to_yaml())
         assert again.model_dump() == config.model_dump()
         assert again.to_yaml() == config.to_yaml()
+
+
+def test_every_key_and_section_says_what_it_means():
+    comments = schema.comments(Config, "finetuning")
+    assert set(known_keys()) < {key.removeprefix("finetuning.") for key in comments}
+    assert [key for key, text in comments.items() if len(text) < 15 or not text.endswith(".")] == []
+    assert "".join(comments.values()).isascii()  # Printed to any terminal and any file.
+    assert comments["finetuning.device"].endswith("One of cpu, cuda, auto.")
+
+
+def test_comments_stand_above_their_keys_and_change_no_value(tmp_path):
+    config = load_text(tmp_path, HOST_CONFIG)
+    text = config.to_yaml(comments=True)
+    assert load_text(tmp_path, text).model_dump() == config.model_dump()
+    assert re.sub(r"^ *#.*\n", "", text, flags=re.MULTILINE) == config.to_yaml()
+    lines = text.splitlines()
+    assert lines[lines.index("  training:") + 1].startswith("    # Of AdamW")
+    for number, line in enumerate(lines):
+        if re.match(r" *\w+:", line):
+            assert lines[number - 1].strip().startswith("#")
+
+
+# The file that editors read
+
+
+def test_the_schemas_file_is_the_models_own():
+    written = json.loads((PARAMS / "schema.json").read_text(encoding="utf-8"))
+    assert written == json_schema(), "run `make schema`"
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_params_file_names_its_schema_and_keeps_to_it(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
+    jsonschema.validate(yaml.safe_load(text), json_schema())
+
+
+def test_the_schema_describes_one_section_of_a_file_and_leaves_the_others_alone():
+    check = jsonschema.Draft202012Validator(json_schema())
+    check.check_schema(check.schema)
+    assert check.is_valid({"finetuning": Config().model_dump(mode="json"), "llm": {"model": "x"}})
+    assert check.is_valid({"finetuning": None})
+    for wrong in ({"llm": {}}, {"finetuning": {"rnk": 4}}, {"finetuning": {"lora": {"rank": 0}}}):
+        assert not check.is_valid(wrong)
+    described = leaves(check.schema["$defs"]["LoRASection"]["properties"])
+    assert described["rank.description"] == schema.fields(Config)["lora.rank"].description
 
 
 def test_a_configuration_does_not_change_after_reading():
