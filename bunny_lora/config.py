@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import yaml
@@ -29,6 +30,7 @@ from bunny_lora.core.values import (
     Recorded,
     is_text,
     kinds_of,
+    no_text_in,
     shown,
     split_revision,
 )
@@ -59,7 +61,10 @@ class Section(BaseModel):
         """Refuse what would be taken for something else, or could not be written down again."""
         kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and kinds & {int, float}:
-            raise ValueError(f"should be a number (got {value})")
+            or_null = " or null" if NoneType in kinds else ""
+            raise ValueError(f"should be a number{or_null} (got {value})")
+        if wrong := no_text_in(value, kinds):
+            raise ValueError(f"should be text, in quotes if need be (got {shown(wrong[0])})")
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
             raise ValueError(f"should be a smaller number (got {shown(value)})")
         texts = value if isinstance(value, list) else [value]
