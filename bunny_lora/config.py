@@ -40,6 +40,8 @@ from bunny_lora.errors import BunnyLoraError
 # An old document's name for the model: its maker's list holds no such repository.
 UNLISTED_MODELS = {"nota-ai/sd-v1-5-tiny": "nota-ai/bk-sdm-tiny"}
 
+RESUME_TAKES = "takes auto, never, or a checkpoint: its step, its folder's name or path"
+
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
@@ -245,6 +247,19 @@ class Config(Section):
                 f"{value} is a name from old documents that its maker does not list;"
                 f" the small Stable Diffusion meant is {suggestion}: set base_model: {suggestion}"
             )
+        return value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _whether_or_where(cls, value: Any) -> Any:
+        """Understand `no` and `yes` too, which YAML reads as false and true, and a shell as words."""
+        word = str(value).strip().lower() if isinstance(value, str | bool) else value
+        if word in ("no", "off", "false"):
+            return "never"
+        if word in ("yes", "on", "true"):
+            return "auto"
+        if not word or not isinstance(word, str | int) or (isinstance(word, int) and word < 0):
+            raise ValueError(f"{RESUME_TAKES} (got {shown(value)})")
         return value
 
     # Checks across keys hang on one of them each, so that one mistake does not hide the other.

@@ -118,6 +118,30 @@ def test_no_is_a_precision_with_and_without_quotes(tmp_path, written):
     assert config.training.mixed_precision == "no"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        *((no, "never") for no in ("no", "No", "off", "false", '"no"', '"FALSE"', "never")),
+        *((yes, "auto") for yes in ("yes", "on", "true", '"true"', "auto")),
+        ("100", 100),
+        ("checkpoint-100", "checkpoint-100"),
+        ("0100", "0100"),
+    ],
+)
+def test_resume_is_understood_however_yes_and_no_are_written(tmp_path, written, meant):
+    assert load_text(tmp_path, f"finetuning: {{resume: {written}}}").resume == meant
+    (tmp_path / "a.yaml").write_text("finetuning: {}")
+    assert load_config(tmp_path / "a.yaml", {"resume": meant}).resume == meant
+
+
+@pytest.mark.parametrize("written", ["", "''", "' '", "-1", "0", "1.5", "[1]", "{a: 1}", "null"])
+def test_resume_says_what_it_takes(tmp_path, written):
+    with pytest.raises(BunnyLoraError) as error:
+        load_text(tmp_path, f"finetuning: {{resume: {written}}}")
+    (line,) = str(error.value).splitlines()[1:]
+    assert "resume: takes auto, never, or a checkpoint: its step, its folder's name or path (" in line
+
+
 def test_validation_prompts_are_a_list_whether_one_or_several_are_written():
     assert validate({"training": {"validation_prompt": "rex"}}).training.validation_prompts == ["rex"]
     several = validate({"training": {"validation_prompt": ["rex", "phil"]}})
