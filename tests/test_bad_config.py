@@ -59,10 +59,10 @@ FILES = {
 def test_a_file_gone_wrong_is_refused_at_once_and_in_words(tmp_path, name):
     text, message = FILES[name]
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BunnyLoraError, match=f"(?s)a.yaml.*{message}") as error:
         load_config(tmp_path / "a.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(error.value)) < 2000
 
 
