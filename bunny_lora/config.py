@@ -342,7 +342,7 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
     try:
         config = Config.model_validate(section)
     except ValidationError as error:
-        lines = [f"  - {explain(item, known_keys())}" for item in error.errors()]
+        lines = [f"  - {explain(item, list(schema.fields(Config)))}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
     config._given = dict(section)

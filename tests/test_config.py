@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bunny_lora.config import Config, assign, json_schema, known_keys, load_config, merge, validate
-from bunny_lora.core import schema
+from bunny_lora.core import explain, schema
 from bunny_lora.errors import BunnyLoraError
 
 PARAMS = Path(__file__).resolve().parents[1] / "params"
@@ -165,14 +165,38 @@ def test_no_file_and_an_empty_section_both_mean_the_defaults(tmp_path):
         ({"training": {"max_steps": 5}}, "did you mean training.max_train_steps?"),
         ({"prior_preservation": {"clas_prompt": "x"}}, "did you mean prior_preservation.class_prompt?"),
         ({"pretrained_model_name_or_path": "x"}, "did you mean base_model?"),
+        ({"seed": 1}, "did you mean training.seed or evaluation.seed?"),
+        ({"training": {"resolution": 8}}, "did you mean resolution?"),
+        ({"training": {"Learning-Rate": 1e-4}}, "did you mean training.learning_rate?"),
+        ({"traning": {"seed": 1}}, "traning: unknown key; did you mean training?"),
+        ({"LORA": {"rank": 1}}, "LORA: unknown key; did you mean lora?"),
+        ({"training": {"unet_lr": 1e-4}}, "did you mean training.learning_rate, one for UNet and text"),
+        (
+            {"text_encoder_lr": 1e-4},
+            "did you mean training.learning_rate, one for UNet and text encoder?",
+        ),
+        ({"network_dim": 4}, "did you mean lora.rank?"),
+        ({"lora": {"network_alpha": 4}}, "did you mean lora.alpha?"),
+        ({"train_batch_size": 4}, "did you mean training.batch_size?"),
+        ({"max_train_epochs": 4}, "did you mean training.max_train_steps, in steps of the optimiser?"),
+        ({"steps": 4}, "did you mean training.max_train_steps?"),
+        ({"sampling": {"steps": 4}}, "did you mean sampling.num_inference_steps?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(section, nearest):
     assert nearest in message_of(section)
 
 
-def test_an_unknown_key_like_no_other_gets_no_guess():
-    assert message_of({"zzzzzz": 1}).endswith("zzzzzz: unknown key")
+@pytest.mark.parametrize("key", ["zzzzzz", "clip_skip", "noise_offset", "xformers", "logging_dir", "s"])
+def test_an_unknown_key_like_no_other_gets_no_guess(key):
+    assert message_of({key: 1}).endswith(f"{key}: unknown key")
+    assert message_of({"training": {key: 1}}).endswith(f"training.{key}: unknown key")
+
+
+def test_what_other_trainers_call_a_key_leads_to_one_there_is():
+    there_are = schema.fields(Config)
+    assert {meant.split(",")[0] for meant in explain.OTHER_NAMES.values()} <= set(there_are)
+    assert not set(explain.OTHER_NAMES) & {key.split(".")[-1] for key in there_are}
 
 
 def test_all_errors_are_shown_at_once():
