@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
+from bunny_lora.config import json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import new, relative, typed, typed_or_name
@@ -75,7 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
 
-    config = _with_config(commands.add_parser("config", help="print the configuration in full"))
+    config = _with_config(commands.add_parser("config", help="print the configuration, key by key"))
+    config.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of the file instead"
+    )
     config.set_defaults(run=_config)
     download = _with_config(commands.add_parser("download", help="fetch a base model from the hub"))
     download.add_argument(
@@ -188,7 +194,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    print(open_config(options.config, settings=options.set).to_yaml(), end="")
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # So that what is printed can become a file.
+        config = open_config(options.config, settings=options.set)
+    print(config.to_yaml(comments=True), end="")
 
 
 def _download(options: argparse.Namespace) -> None:

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import draw_frames, tiny_config
 from PIL import Image
 
 from bunny_lora import cli
+from bunny_lora.config import json_schema, load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import hub
 from bunny_lora.world.film import write_film
@@ -60,8 +60,15 @@ def test_config_prints_a_file_that_can_be_read_back(
     config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cli.main(["config", "--config", str(config_file), "--set", "training.seed=5"])
-    text = capsys.readouterr().out.partition("\n")[2]
-    assert yaml.safe_load(text)["finetuning"]["training"]["seed"] == 5
+    printed = capsys.readouterr()
+    config_file.write_text(printed.out)
+    assert load_config(config_file).training.seed == 5
+    assert "# Denoising steps a picture" in printed.out and "named by you" in printed.err
+
+
+def test_config_prints_the_schema_alone(project: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
 
 
 def test_download_fetches_the_named_model_or_the_configurations(

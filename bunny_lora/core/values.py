@@ -6,7 +6,8 @@ import re
 import reprlib
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, Field
 
@@ -57,8 +58,20 @@ def with_revision(repo: str, revision: str | None) -> str:
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """Return the types in a union, or the one type."""
-    return {annotation, *get_args(annotation)}
+    """Return the types in a union, or the one type, bare of what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(kinds_of, get_args(annotation)))
+    return {annotation}
+
+
+def no_text_in(value: Any, kinds: set[Any]) -> list[Any]:
+    """Return what stands where keys of these kinds take text: a bare `yes`, `42` or `{name}`."""
+    if not kinds <= {str, list[str], NoneType} or (value is None and NoneType in kinds):
+        return []
+    parts = value if isinstance(value, list) else [value]
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def is_text(text: str) -> bool:
