@@ -18,7 +18,7 @@ from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.core.image_file import save_image
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats
+from bunny_lora.model import adapters, components, devices, formats, targets
 from bunny_lora.model.formats import LoRA
 from bunny_lora.prepare import prepare_data, source_changed
 from bunny_lora.training import (
@@ -179,6 +179,10 @@ class LoRATrainer:
             self.base_sha256 = fingerprint.model_sha256(self.parts)
             start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
             memory.check_pictures(self.parts, config.resolution)
+            for part in self._trained_parts():  # before pictures are encoded, which takes long
+                targets.check_targets(
+                    getattr(self.parts, part), part, adapters.target_names(part, config.lora)
+                )
             self.pipe = components.pipeline_from(self.parts, config.base_model)
             given = self._given_lora() if self.group.is_main else {}
             images = self._encode(self.data_dir, self.data_dir.parent, "training")
@@ -227,7 +231,6 @@ class LoRATrainer:
             self.parts.unet.enable_gradient_checkpointing()
             if config.lora.train_text_encoder:
                 self.parts.text_encoder.activation_checkpointing_enable()
-        names = adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
         return {
             part: adapters.attach(
                 getattr(self.parts, part),
@@ -236,8 +239,11 @@ class LoRATrainer:
                 base_model=config.base_model,
                 seed=config.training.seed,
             )
-            for part in names
+            for part in self._trained_parts()
         }
+
+    def _trained_parts(self) -> tuple[str, ...]:
+        return adapters.PARTS if self.config.lora.train_text_encoder else adapters.PARTS[:1]
 
     def _encode(self, source: Path | list[Sample], place: Path, stream: str) -> EncodedImages:
         config = self.config

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from bunny_lora.config import LoRASection
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components
+from bunny_lora.model import adapters, components, targets
 
 CPU = torch.device("cpu")
 INPUTS = (torch.linspace(-1, 1, 256).view(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 77, 32))
@@ -92,11 +92,25 @@ def test_the_text_encoder_has_targets_of_its_own(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "key"), [("unet", "target_modules"), ("text_encoder", "text_encoder_target_modules")]
+    ("part", "names", "reason"),
+    [
+        ("unet", ["to_q", "to_out0"], r"'to_out0' is none; did you mean to_out\.0"),
+        ("unet", ["attn1"], r"'attn1' is no layer but holds to_k, to_out\.0, to_q, to_v"),
+        ("unet", ["to_q", "ff.0"], r"'ff\.0' is none; did you mean .*ff\.net"),
+        ("unet", ["zzzzzzz"], r"'zzzzzzz' is none; there are conv, conv1, .*to_q"),
+        ("unet", [""], r"'' is none"),
+        ("text_encoder", ["q_proj", "fc3"], r"'fc3' is none; did you mean fc[12]"),
+    ],
 )
-def test_targets_that_match_nothing_are_refused(part: str, key: str, tiny_model: str) -> None:
-    with pytest.raises(BunnyLoraError, match=rf"lora.{key} \['to_x'\] do not fit the {part}"):
-        attached(tiny_unet(tiny_model), part, **{key: ["to_x"]})
+def test_every_target_has_to_be_a_layer(
+    part: str, names: list[str], reason: str, tiny_model: str
+) -> None:
+    """PEFT passes over a name that fits nothing, as long as another one fits."""
+    loaded = components.load_components(tiny_model, CPU, torch.float32)
+    model, key = getattr(loaded, part), targets.KEYS[part]
+    with pytest.raises(BunnyLoraError, match=rf"lora\.{key} fits no layer of the {part}: {reason}"):
+        attached(model, part, **{key: names})
+    assert not adapters.trainable_parameters(model)
 
 
 def test_peft_itself_loads_what_we_save(trained: tuple, tiny_model: str) -> None:

@@ -97,6 +97,17 @@ def test_only_the_adapters_change(tiny_model: str, data: Path) -> None:
         assert all(p.abs().sum() > 0 for name, p in parameters.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("key", ["target_modules", "text_encoder_target_modules"])
+def test_a_misspelt_target_is_refused_before_pictures_are_encoded(
+    key: str, tiny_model: str, data: Path
+) -> None:
+    good = {"target_modules": ["to_q"], "text_encoder_target_modules": ["q_proj"]}
+    lora = {"train_text_encoder": True} | good | {key: [*good[key], "to_out0"]}
+    with pytest.raises(BunnyLoraError, match=rf"lora\.{key} fits no layer .*'to_out0'"):
+        train(tiny_model, lora=lora)
+    assert not (data.parent / "latents").exists()
+
+
 def test_it_learns(tiny_model: str, data: Path) -> None:
     trainer = train(
         tiny_model,

@@ -26,12 +26,11 @@ from bunny_lora.core import files, paths
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import targets
 from bunny_lora.model.adapter_files import check_adapter, check_ranks, read_config, read_weights
 from bunny_lora.model.formats import LoRA, Module, peft_config
 
 PARTS = ("unet", "text_encoder")
-# CLIP names its layers differently from the UNet, so one list cannot serve both.
-_TARGETS_KEY = {"unet": "target_modules", "text_encoder": "text_encoder_target_modules"}
 
 __all__ = [
     "adapter_digest",
@@ -60,11 +59,12 @@ def attach(
         seed: of the run; A is drawn from it.
 
     Raises:
-        BunnyLoraError: no module of the model matches its target modules.
+        BunnyLoraError: one of the target modules is no layer of the model.
     """
-    targets = lora.target_modules if part == "unet" else lora.text_encoder_target_modules
+    names = target_names(part, lora)
+    targets.check_targets(model, part, names)
     lora_config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -73,12 +73,17 @@ def attach(
             peft_model = get_peft_model(model, lora_config)
         except ValueError as error:
             raise BunnyLoraError(
-                f"lora.{_TARGETS_KEY[part]} {targets} do not fit the {part}: {error}"
+                f"lora.{targets.KEYS[part]} {names} do not fit the {part}: {error}"
             ) from None
     lora_config.base_model_name_or_path, lora_config.revision = split_revision(base_model)
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
     return peft_model
+
+
+def target_names(part: str, lora: LoRASection) -> list[str]:
+    """Return the configured target modules of a part."""
+    return lora.target_modules if part == "unet" else lora.text_encoder_target_modules
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -162,7 +167,7 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             prefix = f"base_model.model.{name}"
             if f"{prefix}.lora_A.weight" not in state:
                 raise BunnyLoraError(
-                    f"lora.start_from holds a LoRA of {name}, which lora.{_TARGETS_KEY[part]} leaves"
+                    f"lora.start_from holds a LoRA of {name}, which lora.{targets.KEYS[part]} leaves"
                     f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
                 )
             if module.rank > config.r:
