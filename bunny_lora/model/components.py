@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, random_models
+from bunny_lora.model import hub, kinds, random_models
 from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
@@ -47,9 +47,12 @@ def resolve_base_model(name: str) -> str:
     Stand-ins are built where they are named for the first time.
 
     Raises:
-        BunnyLoraError: there is no such folder, and the hub's model could not be had.
+        BunnyLoraError: there is no such folder, the hub's model could not be had, or it is no Stable
+            Diffusion of the kind that is trained here.
     """
-    return folder_here(name) or str(_from_hub(name))
+    folder = folder_here(name) or str(_from_hub(name))
+    kinds.check(Path(folder), name)
+    return folder
 
 
 def base_commit(name: str) -> str | None:
@@ -80,7 +83,7 @@ def _from_hub(name: str) -> Path:
 def _load(part: Any, base_model: str, subfolder: str, **kwargs: object) -> Any:
     try:
         return part.from_pretrained(resolve_base_model(base_model), subfolder=subfolder, **kwargs)
-    except (OSError, ValueError) as error:
+    except (NotImplementedError, OSError, ValueError) as error:
         raise model_not_loaded(base_model, error) from error
 
 
