@@ -105,6 +105,12 @@ class TrainingSection(Section):
     """How the learning rate changes up to max_train_steps, as diffusers calls it."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises from 0; plain `constant` has no such rise."""
+    lr_num_cycles: int = Field(1, ge=1)
+    """How often `cosine_with_restarts` begins anew, as diffusers' num_cycles."""
+    lr_power: float = Field(1.0, gt=0)
+    """Of `polynomial`: above 1 the learning rate falls early, below 1 late."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW, torch's default: how fast weights shrink that no gradient holds up."""
     max_train_steps: int = Field(500, ge=1)
     """Optimiser steps of the whole run."""
     batch_size: int = Field(1, ge=1)

@@ -47,14 +47,14 @@ def at_step(trainer: LoRATrainer, step: int, action: Callable[[], object]) -> No
 
     def load_and_arm(start: Start) -> None:
         load(start)
-        loss = trainer.learner.loss
+        loss = trainer.setup.learner.loss
 
         def armed(position: int) -> torch.Tensor:
-            if position == 2 * (step - 1) and trainer.state.step == step - 1 and step > 1:
+            if position == 2 * (step - 1) and trainer.setup.state.step == step - 1 and step > 1:
                 action()
             return loss(position)
 
-        trainer.learner.loss = armed
+        trainer.setup.learner.loss = armed
 
     trainer.load = load_and_arm
 
@@ -209,9 +209,9 @@ def spoil(trainer: LoRATrainer, steps: set[int]) -> None:
 
     def load_and_spoil(start: Start) -> None:
         load(start)
-        loss = trainer.learner.loss
-        trainer.learner.loss = lambda position: (
-            loss(position) * (float("nan") if position // 2 + 1 in steps and trainer.state.step else 1)
+        loss, state = trainer.setup.learner.loss, trainer.setup.state
+        trainer.setup.learner.loss = lambda position: (
+            loss(position) * (float("nan") if position // 2 + 1 in steps and state.step else 1)
         )
 
     trainer.load = load_and_spoil
@@ -243,7 +243,7 @@ def test_too_many_in_a_row_stop_the_run_with_advice_and_good_weights(
     spoil(trainer, {3, 4, 5})
     with pytest.raises(BunnyLoraError, match=r"2 steps in a row.*after step 2.*learning_rate"):
         trainer.train()
-    assert all(torch.isfinite(p).all() for p in trainer.trainable())
+    assert all(torch.isfinite(p).all() for p in trainer.setup.trainable())
     assert report.loss_curve(trainer.run_dir)
 
 
@@ -275,7 +275,7 @@ def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
     about = checkpoint.files.read_json(folder / checkpoint.STATE)
 
     def save() -> None:
-        checkpoint.save_checkpoint(folder, trainer.state, about)
+        checkpoint.save_checkpoint(folder, trainer.setup.state, about)
 
     with monkeypatch.context() as patch:
         calls = count_disk_calls(patch)

@@ -108,6 +108,8 @@ def _training_metadata(config: Config) -> dict[str, Any]:
         "ss_learning_rate": training.learning_rate,
         "ss_lr_scheduler": training.lr_scheduler,
         "ss_lr_warmup_steps": training.lr_warmup_steps,
+        "ss_lr_scheduler_num_cycles": training.lr_num_cycles,
+        "ss_lr_scheduler_power": training.lr_power,
         "ss_max_train_steps": training.max_train_steps,
         "ss_batch_size_per_device": training.batch_size,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
