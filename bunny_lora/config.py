@@ -26,8 +26,10 @@ from bunny_lora.core import paths, schema
 from bunny_lora.core.explain import explain
 from bunny_lora.core.values import (
     MAX_NUMBER,
+    LayerNames,
     OwnFolder,
     Recorded,
+    Texts,
     is_text,
     kinds_of,
     no_text_in,
@@ -84,13 +86,11 @@ class LoRASection(Section):
     """Strength, divided by rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each input of an adapter is zeroed in training."""
-    target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
+    target_modules: LayerNames = Field(["to_k", "to_q", "to_v", "to_out.0"])
     """Layers of the UNet that learn, by the ends of their names: by default, attention alone."""
     train_text_encoder: bool = False
     """Let the text encoder learn too: a character's name is a new word to it."""
-    text_encoder_target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1
-    )
+    text_encoder_target_modules: LayerNames = Field(["q_proj", "k_proj", "v_proj", "out_proj"])
     """Those of the text encoder: by default, attention alone; fc1 and fc2 are its feed-forward ones."""
     start_from: Recorded | None = None
     """A LoRA to begin with instead of none, in any format that `generate` draws with."""
@@ -177,9 +177,8 @@ class SamplingSection(Section):
 class EvaluationSection(Section):
     """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
 
-    prompts: list[str] = Field(
-        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"],
-        min_length=1,
+    prompts: Texts = Field(
+        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"]
     )
     """What is drawn of every character, before and after."""
     num_images_per_prompt: int = Field(2, ge=1)

@@ -149,6 +149,28 @@ def test_validation_prompts_are_a_list_whether_one_or_several_are_written():
     assert validate({}).training.validation_prompts == []
 
 
+@pytest.mark.parametrize(
+    "key", ["lora.target_modules", "lora.text_encoder_target_modules", "evaluation.prompts"]
+)
+def test_a_single_text_is_a_list_of_one(key):
+    overrides: dict = {}
+    assign(overrides, f"{key}=to_q")
+    section, name = key.split(".")
+    assert validate(overrides).model_dump()[section][name] == ["to_q"]
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid({"finetuning": overrides})
+    assert message_of({section: {name: []}}).count("\n") == 1
+    assert not jsonschema.Draft202012Validator(json_schema()).is_valid(
+        {"finetuning": {section: {name: []}}}
+    )
+
+
+def test_a_comma_in_a_prompt_stays_and_a_list_of_layers_needs_its_brackets():
+    assert validate({"evaluation": {"prompts": "{name}, sad"}}).evaluation.prompts == ["{name}, sad"]
+    for written in ("to_q,to_k", "to_q to_k", "to_q, to_k", ["to_q, to_k"], ""):
+        message = message_of({"lora": {"target_modules": written}})
+        assert message.endswith("is no layer's name; write several as [to_q, to_v]")
+
+
 def test_no_file_and_an_empty_section_both_mean_the_defaults(tmp_path):
     assert load_config() == Config()
     assert load_text(tmp_path, "finetuning:\n  # resolution: 256\n") == Config()
