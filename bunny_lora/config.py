@@ -36,7 +36,7 @@ from bunny_lora.core.values import (
     shown,
     split_revision,
 )
-from bunny_lora.core.yaml_file import SECTION, add_comments, parse_yaml, read_section
+from bunny_lora.core.yaml_file import SECTION, add_comments, parse_value, read_section
 from bunny_lora.errors import BunnyLoraError
 
 # An old document's name for the model: its maker's list holds no such repository.
@@ -365,14 +365,16 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
         BunnyLoraError: there is no `=` in the assignment, or its value is no YAML.
     """
     dotted, equals, value = assignment.partition("=")
-    if not equals:
+    if not equals or not all(part.strip() for part in dotted.split(".")):
         raise BunnyLoraError(
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
     try:
-        set_key(overrides, dotted, parse_yaml(value))
+        set_key(overrides, dotted, parse_value(value))
     except ValueError as error:
-        raise BunnyLoraError(f"--set {assignment}: the value is not YAML: {error}") from error
+        raise BunnyLoraError(
+            f"--set {assignment}: the value is not YAML that we can read: {error}"
+        ) from error
 
 
 def known_keys() -> list[str]:

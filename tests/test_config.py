@@ -373,15 +373,17 @@ def test_set_reads_its_value_as_yaml_and_builds_the_sections():
         "training.learning_rate=2e-4",
         "training.validation_prompt=[rex, 'ellie = smiling']",
         "random_flip=true",
-        "instance_prompt=a=b",
+        "instance_prompt=a=b#c",
+        "evaluation.prompts=['{name} #1']",
     ):
         assign(overrides, assignment)
     config = validate(overrides)
+    assert config.evaluation.prompts == ["{name} #1"]
     assert config.training.max_train_steps == 5
     assert config.training.learning_rate == 2e-4
     assert config.training.validation_prompts == ["rex", "ellie = smiling"]
     assert config.random_flip is True
-    assert config.instance_prompt == "a=b"
+    assert config.instance_prompt == "a=b#c"
 
 
 def test_a_later_set_wins_also_where_an_earlier_one_was_no_section():
@@ -393,7 +395,17 @@ def test_a_later_set_wins_also_where_an_earlier_one_was_no_section():
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [("training.seed", "--set takes key=value"), ("lora.target_modules=[to_k", "not YAML")],
+    [
+        *(
+            (text, "--set takes key=value")
+            for text in ("training.seed", "=5", "training.=5", ".seed=5")
+        ),
+        ("lora.target_modules=[to_k", "not YAML"),
+        *(
+            (f"instance_prompt={text}", "# begins a comment")
+            for text in ("red #1 hat", "#1 hat", "[a] # b")
+        ),
+    ],
 )
 def test_a_set_that_cannot_be_read_is_refused(assignment, message):
     with pytest.raises(BunnyLoraError, match=message):
