@@ -24,6 +24,7 @@ from pydantic import (
 
 from bunny_lora.core import paths, schema
 from bunny_lora.core.explain import explain
+from bunny_lora.core.schema import is_section
 from bunny_lora.core.values import (
     MAX_NUMBER,
     LayerNames,
@@ -312,8 +313,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = merge(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
+            value = merge(old, value or {})  # None: a section with every key commented out.
         merged[key] = value
     return merged
 
@@ -338,13 +339,18 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
     Raises:
         BunnyLoraError: one line for every wrong key and value.
     """
+    fields = schema.fields(Config)
+    empty = {
+        key for key in section if section[key] is None and key in fields and is_section(fields[key])
+    }
+    section = {key: value for key, value in section.items() if key not in empty}
     try:
         config = Config.model_validate(section)
     except ValidationError as error:
-        lines = [f"  - {explain(item, list(schema.fields(Config)))}" for item in error.errors()]
+        lines = [f"  - {explain(item, list(fields))}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
-    config._given = dict(section)
+    config._given = section
     return config
 
 
@@ -379,7 +385,7 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
 
 def known_keys() -> list[str]:
     """Return every key of the configuration, dotted; a section is none."""
-    return [key for key, field in schema.fields(Config).items() if not schema.is_section(field)]
+    return [key for key, field in schema.fields(Config).items() if not is_section(field)]
 
 
 def json_schema() -> dict[str, Any]:

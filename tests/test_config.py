@@ -176,6 +176,23 @@ def test_no_file_and_an_empty_section_both_mean_the_defaults(tmp_path):
     assert load_text(tmp_path, "finetuning:\n  # resolution: 256\n") == Config()
 
 
+def test_a_section_with_every_key_commented_out_means_the_defaults_and_changes_nothing(tmp_path):
+    text = "finetuning:\n  lora:\n    # rank: 4\n  resolution: 256\n"
+    config = load_text(tmp_path, text)
+    assert config.model_dump() == Config(resolution=256).model_dump()
+    assert yaml.safe_load(config.given_yaml()) == {"finetuning": {"resolution": 256}}
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(yaml.safe_load(text))
+    assert merge({"lora": {"rank": 4}}, {"lora": None}) == {"lora": {"rank": 4}}
+    assert merge({"training": {"snr_gamma": 5}}, {"training": {"snr_gamma": None}}) == {
+        "training": {"snr_gamma": None}
+    }
+
+
+@pytest.mark.parametrize("value", [4, "fast", [1], False])
+def test_a_value_for_a_section_is_refused_in_words(value):
+    assert "lora: is a section, with keys of its own below it (got " in message_of({"lora": value})
+
+
 @pytest.mark.parametrize(
     ("section", "nearest"),
     [
