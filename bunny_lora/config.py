@@ -24,17 +24,20 @@ from pydantic import (
 
 from bunny_lora.core import paths, schema
 from bunny_lora.core.explain import explain
+from bunny_lora.core.schema import is_section
 from bunny_lora.core.values import (
     MAX_NUMBER,
+    LayerNames,
     OwnFolder,
     Recorded,
+    Texts,
     is_text,
     kinds_of,
     no_text_in,
     shown,
     split_revision,
 )
-from bunny_lora.core.yaml_file import SECTION, add_comments, parse_yaml, read_section
+from bunny_lora.core.yaml_file import SECTION, add_comments, parse_value, read_section
 from bunny_lora.errors import BunnyLoraError
 
 # An old document's name for the model: its maker's list holds no such repository.
@@ -84,13 +87,11 @@ class LoRASection(Section):
     """Strength, divided by rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each input of an adapter is zeroed in training."""
-    target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
+    target_modules: LayerNames = Field(["to_k", "to_q", "to_v", "to_out.0"])
     """Layers of the UNet that learn, by the ends of their names: by default, attention alone."""
     train_text_encoder: bool = False
     """Let the text encoder learn too: a character's name is a new word to it."""
-    text_encoder_target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1
-    )
+    text_encoder_target_modules: LayerNames = Field(["q_proj", "k_proj", "v_proj", "out_proj"])
     """Those of the text encoder: by default, attention alone; fc1 and fc2 are its feed-forward ones."""
     start_from: Recorded | None = None
     """A LoRA to begin with instead of none, in any format that `generate` draws with."""
@@ -183,9 +184,8 @@ class SamplingSection(Section):
 class EvaluationSection(Section):
     """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
 
-    prompts: list[str] = Field(
-        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"],
-        min_length=1,
+    prompts: Texts = Field(
+        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"]
     )
     """What is drawn of every character, before and after."""
     num_images_per_prompt: int = Field(2, ge=1)
@@ -319,8 +319,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = merge(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
+            value = merge(old, value or {})  # None: a section with every key commented out.
         merged[key] = value
     return merged
 
@@ -345,13 +345,18 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
     Raises:
         BunnyLoraError: one line for every wrong key and value.
     """
+    fields = schema.fields(Config)
+    empty = {
+        key for key in section if section[key] is None and key in fields and is_section(fields[key])
+    }
+    section = {key: value for key, value in section.items() if key not in empty}
     try:
         config = Config.model_validate(section)
     except ValidationError as error:
-        lines = [f"  - {explain(item, list(schema.fields(Config)))}" for item in error.errors()]
+        lines = [f"  - {explain(item, list(fields))}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
-    config._given = dict(section)
+    config._given = section
     return config
 
 
@@ -372,19 +377,21 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
         BunnyLoraError: there is no `=` in the assignment, or its value is no YAML.
     """
     dotted, equals, value = assignment.partition("=")
-    if not equals:
+    if not equals or not all(part.strip() for part in dotted.split(".")):
         raise BunnyLoraError(
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
     try:
-        set_key(overrides, dotted, parse_yaml(value))
+        set_key(overrides, dotted, parse_value(value))
     except ValueError as error:
-        raise BunnyLoraError(f"--set {assignment}: the value is not YAML: {error}") from error
+        raise BunnyLoraError(
+            f"--set {assignment}: the value is not YAML that we can read: {error}"
+        ) from error
 
 
 def known_keys() -> list[str]:
     """Return every key of the configuration, dotted; a section is none."""
-    return [key for key, field in schema.fields(Config).items() if not schema.is_section(field)]
+    return [key for key, field in schema.fields(Config).items() if not is_section(field)]
 
 
 def json_schema() -> dict[str, Any]:

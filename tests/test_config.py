@@ -149,9 +149,48 @@ def test_validation_prompts_are_a_list_whether_one_or_several_are_written():
     assert validate({}).training.validation_prompts == []
 
 
+@pytest.mark.parametrize(
+    "key", ["lora.target_modules", "lora.text_encoder_target_modules", "evaluation.prompts"]
+)
+def test_a_single_text_is_a_list_of_one(key):
+    overrides: dict = {}
+    assign(overrides, f"{key}=to_q")
+    section, name = key.split(".")
+    assert validate(overrides).model_dump()[section][name] == ["to_q"]
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid({"finetuning": overrides})
+    assert message_of({section: {name: []}}).count("\n") == 1
+    assert not jsonschema.Draft202012Validator(json_schema()).is_valid(
+        {"finetuning": {section: {name: []}}}
+    )
+
+
+def test_a_comma_in_a_prompt_stays_and_a_list_of_layers_needs_its_brackets():
+    assert validate({"evaluation": {"prompts": "{name}, sad"}}).evaluation.prompts == ["{name}, sad"]
+    for written in ("to_q,to_k", "to_q to_k", "to_q, to_k", ["to_q, to_k"], ""):
+        message = message_of({"lora": {"target_modules": written}})
+        assert message.endswith("is no layer's name; write several as [to_q, to_v]")
+
+
 def test_no_file_and_an_empty_section_both_mean_the_defaults(tmp_path):
     assert load_config() == Config()
     assert load_text(tmp_path, "finetuning:\n  # resolution: 256\n") == Config()
+
+
+def test_a_section_with_every_key_commented_out_means_the_defaults_and_changes_nothing(tmp_path):
+    text = "finetuning:\n  lora:\n    # rank: 4\n  resolution: 256\n"
+    config = load_text(tmp_path, text)
+    assert config.model_dump() == Config(resolution=256).model_dump()
+    assert yaml.safe_load(config.given_yaml()) == {"finetuning": {"resolution": 256}}
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(yaml.safe_load(text))
+    assert merge({"lora": {"rank": 4}}, {"lora": None}) == {"lora": {"rank": 4}}
+    assert merge({"training": {"snr_gamma": 5}}, {"training": {"snr_gamma": None}}) == {
+        "training": {"snr_gamma": None}
+    }
+
+
+@pytest.mark.parametrize("value", [4, "fast", [1], False])
+def test_a_value_for_a_section_is_refused_in_words(value):
+    assert "lora: is a section, with keys of its own below it (got " in message_of({"lora": value})
 
 
 @pytest.mark.parametrize(
@@ -351,15 +390,17 @@ def test_set_reads_its_value_as_yaml_and_builds_the_sections():
         "training.learning_rate=2e-4",
         "training.validation_prompt=[rex, 'ellie = smiling']",
         "random_flip=true",
-        "instance_prompt=a=b",
+        "instance_prompt=a=b#c",
+        "evaluation.prompts=['{name} #1']",
     ):
         assign(overrides, assignment)
     config = validate(overrides)
+    assert config.evaluation.prompts == ["{name} #1"]
     assert config.training.max_train_steps == 5
     assert config.training.learning_rate == 2e-4
     assert config.training.validation_prompts == ["rex", "ellie = smiling"]
     assert config.random_flip is True
-    assert config.instance_prompt == "a=b"
+    assert config.instance_prompt == "a=b#c"
 
 
 def test_a_later_set_wins_also_where_an_earlier_one_was_no_section():
@@ -371,7 +412,17 @@ def test_a_later_set_wins_also_where_an_earlier_one_was_no_section():
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [("training.seed", "--set takes key=value"), ("lora.target_modules=[to_k", "not YAML")],
+    [
+        *(
+            (text, "--set takes key=value")
+            for text in ("training.seed", "=5", "training.=5", ".seed=5")
+        ),
+        ("lora.target_modules=[to_k", "not YAML"),
+        *(
+            (f"instance_prompt={text}", "# begins a comment")
+            for text in ("red #1 hat", "#1 hat", "[a] # b")
+        ),
+    ],
 )
 def test_a_set_that_cannot_be_read_is_refused(assignment, message):
     with pytest.raises(BunnyLoraError, match=message):

@@ -81,6 +81,8 @@ def explain(item: Any, known_keys: Sequence[str]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{'.'.join(location)}: unknown key{_nearest(location, known_keys)}"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":
+        message = "is a section, with keys of its own below it"
     if not location:
         return message
     given = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"

@@ -46,6 +46,10 @@ class _Untitled(GenerateJsonSchema):
         return False
 
 
+def _or_empty(section: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [section, {"type": "null"}]}
+
+
 def of_file(model: type[BaseModel], section: str) -> dict[str, Any]:
     """Return the JSON Schema of a file with the model's keys in `section`.
 
@@ -53,10 +57,12 @@ def of_file(model: type[BaseModel], section: str) -> dict[str, Any]:
     """
     inner = model.model_json_schema(schema_generator=_Untitled)
     definitions = inner.pop("$defs", {})
+    for name in filter(lambda name: is_section(model.model_fields[name]), inner["properties"]):
+        inner["properties"][name] = _or_empty(inner["properties"][name])
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         "type": "object",
         "required": [section],
-        "properties": {section: {"anyOf": [inner, {"type": "null"}]}},
+        "properties": {section: _or_empty(inner)},
         "$defs": definitions,
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from bunny_lora.core import paths
 
@@ -42,6 +42,22 @@ def _own_folder(path: str) -> str:
     return path
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _no_list_in_words(names: list[str]) -> list[str]:
+    """No name of a layer has a comma or a space in it; a list without its brackets has."""
+    for name in names:
+        if not re.fullmatch(r"[^,\s]+", name):
+            raise ValueError(f"{shown(name)} is no layer's name; write several as [to_q, to_v]")
+    return names
+
+
+_Several = Annotated[list[str], Field(min_length=1)]
+Texts = Annotated[_Several, BeforeValidator(_as_list, json_schema_input_type=str | _Several)]
+"""A list, or a single text for a list of one."""
+LayerNames = Annotated[Texts, AfterValidator(_no_list_in_words)]
 Recorded = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
 OwnFolder = Annotated[Recorded, AfterValidator(_own_folder)]
 

@@ -56,6 +56,19 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_value(text: str) -> Any:
+    """Return what one value says that stands alone, on a command line, where nobody writes comments.
+
+    Raises:
+        ValueError: as for `parse_yaml`, or a part of it would be lost as a comment.
+    """
+    value = parse_yaml(text)
+    node = yaml.compose(text, Loader=_Loader)
+    if text[node.end_mark.index if node else 0 :].strip():
+        raise ValueError("# begins a comment there; a value with # in it stands in quotes")
+    return value
+
+
 def read_section(path: Path) -> dict[str, Any]:
     """Return the raw `finetuning:` section of a YAML file.
 
