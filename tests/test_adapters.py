@@ -100,12 +100,12 @@ def test_the_text_encoder_has_targets_of_its_own(tiny_model: str) -> None:
 @pytest.mark.parametrize(
     ("part", "names", "reason"),
     [
-        ("unet", ["to_q", "to_out0"], r"'to_out0' is none; did you mean to_out\.0"),
+        ("unet", ["to_q", "to_out0"], r"'to_out0' is none, the nearest: to_out\.0"),
         ("unet", ["attn1"], r"'attn1' is no layer but holds to_k, to_out\.0, to_q, to_v"),
-        ("unet", ["to_q", "ff.0"], r"'ff\.0' is none; did you mean .*ff\.net"),
+        ("unet", ["to_q", "ff.0"], r"'ff\.0' is none, the nearest: .*ff\.net"),
         ("unet", ["zzzzzzz"], r"'zzzzzzz' is none; there are conv, conv1, .*to_q"),
         ("unet", [""], r"'' is none"),
-        ("text_encoder", ["q_proj", "fc3"], r"'fc3' is none; did you mean fc[12]"),
+        ("text_encoder", ["q_proj", "fc3"], r"'fc3' is none, the nearest: fc[12]"),
     ],
 )
 def test_every_target_has_to_be_a_layer(

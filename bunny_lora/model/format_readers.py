@@ -49,8 +49,9 @@ def recorded_base(path: Path) -> str | None:
     if path.is_file():
         metadata = read_metadata(path)
         adapter = _adapter_metadata(path, metadata)
-        name = metadata.get("ss_sd_model_name") or adapter.get("unet.base_model_name_or_path")
-        return with_revision(str(name), adapter.get("unet.revision")) if name else None
+        part = next((p for p in PARTS if adapter.get(f"{p}.base_model_name_or_path")), "")
+        name = metadata.get("ss_sd_model_name") or adapter.get(f"{part}.base_model_name_or_path")
+        return with_revision(str(name), adapter.get(f"{part}.revision")) if name else None
     config = read_config(next(iter(adapter_parts(path).values())))
     name = config.base_model_name_or_path
     return with_revision(name, config.revision) if name else None

@@ -72,8 +72,8 @@ def peft_config(modules: Mapping[str, Module]) -> LoraConfig:
     )
 
 
-def write_diffusers(lora: LoRA, path: Path) -> None:
-    """Write the file that diffusers' `load_lora_weights` reads, alpha in its metadata.
+def write_diffusers(lora: LoRA, path: Path, base_model: str | None = None) -> None:
+    """Write the file that diffusers' `load_lora_weights` reads, alpha and base model in its metadata.
 
     The strength is folded into B as well as told: alpha is written as the rank, which is what readers
     assume that do not look at the metadata.
@@ -86,7 +86,9 @@ def write_diffusers(lora: LoRA, path: Path) -> None:
         }
         prefix = f"{part}." + (WRAPPER if part == "text_encoder" else "")
         state |= _named(folded, prefix, (".lora_A.weight", ".lora_B.weight"))
-        config = peft_config(folded).to_dict() | {"target_modules": sorted(folded)}
+        peft = peft_config(folded)
+        peft.base_model_name_or_path, peft.revision = split_revision(base_model or "")
+        config = peft.to_dict() | {"target_modules": sorted(folded)}
         told |= {f"{part}.{key}": value for key, value in config.items() if _is_plain(value)}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
     save_file(state, path, metadata)
