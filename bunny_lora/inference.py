@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ from bunny_lora.core.image_file import image_settings, save_image
 from bunny_lora.core.values import with_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
-from bunny_lora.model.adapter_files import read_config
 from bunny_lora.training.handover import (
     HANDOVER,
     Recommended,
@@ -36,6 +36,8 @@ __all__ = [
     "recommended",
     "save_image",
 ]
+
+ON_THE_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(@.+)?")
 
 
 def load_lora_pipeline(
@@ -66,10 +68,7 @@ def load_lora_pipeline(
         dtype = run_dtype(first, place)
     base_model = base_model or recorded_base_model(first)
     parts = components.load_components(base_model, place, dtype)
-    if first is not None and found == {first: 1.0} and first.is_dir():
-        for part, folder in adapters.adapter_parts(first).items():
-            adapters.load_adapter(getattr(parts, part), folder)
-    elif found:
+    if found:
         models = {part: getattr(parts, part) for part in formats.PARTS}
         loras = [(formats.read_lora(path, models), weight) for path, weight in found.items()]
         for part, modules in formats.combined(loras).items():
@@ -97,44 +96,60 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
     return load_lora_pipeline(with_revision(told.base_model, told.base_revision), weights_dir, device)
 
 
-def recorded_base_model(weights_dir: Path | None) -> str:
-    """Return the base model that an adapter was trained on.
+def run_folder(weights: Path | None) -> Path | None:
+    """Return the run that weights lie in: `…/final`, `…/checkpoint-100`, or one part of them."""
+    if weights is None:
+        return None
+    folder = weights.parent if weights.name not in formats.PARTS else weights.parent.parent
+    return folder if weights.is_dir() and (folder / "config.yaml").is_file() else None
+
+
+def recorded_base_model(weights: Path | None) -> str:
+    """Return the base model that a LoRA was trained on.
+
+    Args:
+        weights: from `adapters.find_weights`.
 
     Raises:
-        BunnyLoraError: it is recorded nowhere.
+        BunnyLoraError: it is recorded nowhere, or what is recorded is no model's name.
     """
-    if weights_dir is not None and weights_dir.is_dir():
-        if (weights_dir.parent / "config.yaml").is_file():
-            return load_config(weights_dir.parent / "config.yaml").base_model
-        folder = next(iter(adapters.adapter_parts(weights_dir).values()))
-        recorded = read_config(folder)
-        if name := recorded.base_model_name_or_path:
-            return with_revision(name, recorded.revision)
-    raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
+    advice = "name it: base_model=… or --base-model"
+    if weights is None:
+        raise BunnyLoraError(f"There is no LoRA that records a base model; {advice}.")
+    if run := run_folder(weights):
+        return load_config(run / "config.yaml").base_model
+    name = formats.recorded_base(weights)
+    if not name:
+        raise BunnyLoraError(f"{weights} does not record the base model it was trained on; {advice}.")
+    # Other trainers record the name of a file that only they had.
+    if weights.is_file() and not (components.folder_here(name) or ON_THE_HUB.fullmatch(name)):
+        raise BunnyLoraError(
+            f"{weights} was trained on {name!r}, which is no folder here and no name on the hub;"
+            f" {advice}."
+        )
+    return name
 
 
-def run_dtype(weights_dir: Path | None, device: torch.device) -> torch.dtype:
+def run_dtype(weights: Path | None, device: torch.device) -> torch.dtype:
     """Return the precision that a run was trained in, so that its images match its samples.
 
     A run that recorded none is of before records: its configuration is resolved on this machine.
     float16 is for GPUs alone: on a CPU such a run draws in float32, and that is said.
     """
-    if weights_dir is None or weights_dir.is_file():
+    run = run_folder(weights)
+    if weights is None or run is None:
         return torch.float32
-    if not (weights_dir.parent / "config.yaml").is_file():
-        return torch.float32
-    if recorded := recorded_precision(weights_dir):
+    if recorded := recorded_precision(run, weights):
         dtype = getattr(torch, recorded)
     else:
-        training = load_config(weights_dir.parent / "config.yaml").training
-        dtype = devices.resolve_dtype(training.mixed_precision, device)
+        dtype = devices.resolve_dtype(load_config(run / "config.yaml").training.mixed_precision, device)
     if dtype == torch.float16 and device.type == "cpu":
         print("This run was trained in float16, which a CPU cannot well draw in: drawn in float32.")
         return torch.float32
     return dtype
 
 
-def recommended(weights_dir: Path | None) -> Recommended | None:
+def recommended(weights: Path | None) -> Recommended | None:
     """Return how the run of some weights is to be drawn with; None where nobody says so.
 
     A finished run says it in `handover.json`, one that is still training in its `config.yaml`.
@@ -142,14 +157,12 @@ def recommended(weights_dir: Path | None) -> Recommended | None:
     Raises:
         BunnyLoraError: one of these files is damaged.
     """
-    if weights_dir is None or weights_dir.is_file():
+    run = run_folder(weights)
+    if run is None:
         return None
-    run_dir = weights_dir.parent
-    if (run_dir / HANDOVER).is_file():
-        return read_handover(run_dir).recommended
-    if (run_dir / "config.yaml").is_file():
-        return recommended_by(load_config(run_dir / "config.yaml"))
-    return None
+    if (run / HANDOVER).is_file():
+        return read_handover(run).recommended
+    return recommended_by(load_config(run / "config.yaml"))
 
 
 def generate_image(

@@ -54,6 +54,6 @@ def _advice(target: str, layers: Sequence[str], names: Sequence[str]) -> str:
     if inside:
         return f"{target!r} is no layer but holds {', '.join(sorted(inside)[:6])}"
     if near := difflib.get_close_matches(target, names, n=2, cutoff=0.4):
-        return f"{target!r} is none; did you mean {' or '.join(near)}?"
+        return f"{target!r} is none, the nearest: {', '.join(near)}"
     short = sorted({_suffixes(name)[0] for name in layers})
     return f"{target!r} is none; there are {', '.join(short)}"

@@ -150,13 +150,13 @@ def read_handover(run_dir: str | Path) -> Handover:
         raise BunnyLoraError(f"{path} is damaged: {where}: {first['msg']}.") from None
 
 
-def recorded_precision(weights_dir: Path) -> str | None:
-    """Return the precision that a run's weights were trained in: what the checkpoint itself says, else
-    `handover.json`, else the newest checkpoint beside; None of a run that recorded none.
+def recorded_precision(run_dir: Path, weights: Path) -> str | None:
+    """Return the precision that some of a run's weights were trained in; None if it recorded none.
+
+    A checkpoint says so itself; else it is in `handover.json`, or in the newest checkpoint beside.
     """
-    run_dir = weights_dir.parent
     handed_over = read_handover(run_dir).precision if (run_dir / HANDOVER).is_file() else None
-    return checkpoint.recorded_precision(weights_dir) or handed_over or _newest_precision(run_dir)
+    return checkpoint.recorded_precision(weights) or handed_over or _newest_precision(run_dir)
 
 
 def _newest_precision(run_dir: Path) -> str | None:
