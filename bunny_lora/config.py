@@ -171,6 +171,8 @@ class Config(Section):
     # Pictures are read inside the project and the run only; this follows recorded paths anywhere.
     allow_outside_paths: bool = False
     data_dir: OwnFolder = "training_data/instance_images"
+    # Which column of a folder's table holds the captions; none: `text`, or else `caption` or `prompt`.
+    caption_column: str | None = None
     instance_prompt: str = "cartoon character"
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
     center_crop: bool = True
@@ -219,6 +221,10 @@ class Config(Section):
     def data_path(self) -> Path:
         """`data_dir` as an absolute path."""
         return paths.resolve(self.data_dir)
+
+    def is_set(self, key: str) -> bool:
+        """Whether the user set a key at the top, be it to its default."""
+        return key in self._given
 
     def to_yaml(self) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same."""

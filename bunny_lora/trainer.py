@@ -16,10 +16,11 @@ from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.data.frames import Sample
+from bunny_lora.data.summary import remarks
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
 from bunny_lora.model.formats import LoRA
-from bunny_lora.prepare import prepare_data, source_changed
+from bunny_lora.prepare import check_as_it_is, prepare_data, reading, source_changed
 from bunny_lora.training import (
     banner,
     checkpoint,
@@ -107,7 +108,7 @@ class LoRATrainer:
     def _train_what_is_left(self, final: Path) -> Path:
         with interrupts.stoppable():
             commit = components.base_commit(self.config.base_model)
-            data = dataset.data_sha256(self.data_dir)
+            data = dataset.data_sha256(self.data_dir, **reading(self.config))
             about = Identity.of(self.config, data, self.group.count, commit)
             start, complete = self.group.told_by_main(lambda: self._open(about, final))
             if not complete:
@@ -159,9 +160,14 @@ class LoRATrainer:
     def prepare_data(self) -> None:
         """Prepare the training data if there is none; say so if its source has changed since."""
         files.recover(self.data_dir.parent)
-        if not (self.data_dir / "metadata.jsonl").is_file():
+        if not dataset.is_data(self.data_dir):
             summary = prepare_data(self.config)
             print(f"Prepared {summary['n_images']} images in {paths.relative(self.data_dir)}")
+            if summary["dropped"]:
+                print(f"{len(summary['dropped'])} are left out: see data_summary.json beside them")
+            _say(remarks(summary))
+        elif dataset.load_summary(self.data_dir) is None:
+            _say(check_as_it_is(self.config))
         elif source_changed(self.config):
             print(
                 "The frames have changed since they were prepared, and training goes on with what was"
@@ -180,7 +186,8 @@ class LoRATrainer:
             memory.check_pictures(self.parts, config.resolution)
             self.pipe = components.pipeline_from(self.parts, config.base_model)
             given = self._given_lora() if self.group.is_main else {}
-            images = self._encode(self.data_dir, self.data_dir.parent, "training")
+            samples = dataset.read_samples(self.data_dir, **reading(config))
+            images = self._encode(samples, self.data_dir.parent, "training")
             self.class_sha256: str | None = None
             preserved = self._class_images(start) if config.prior_preservation.enabled else None
 
@@ -238,13 +245,12 @@ class LoRATrainer:
             for part in names
         }
 
-    def _encode(self, source: Path | list[Sample], place: Path, stream: str) -> EncodedImages:
+    def _encode(self, samples: list[Sample], place: Path, stream: str) -> EncodedImages:
         config = self.config
         images = dataset.ImageDataset(
-            source,
+            samples,
             resolution=config.resolution,
             center_crop=config.center_crop,
-            instance_prompt=config.instance_prompt,
             tokenizer=self.parts.tokenizer,
         )
         return encode_dataset(
@@ -254,7 +260,7 @@ class LoRATrainer:
             random_flip=config.random_flip,
             zoom_on_faces=config.zoom_on_faces,
             tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
-            repeats=images.repeats() if config.balance_characters and stream == "training" else None,
+            repeats=images.repeats(balance=config.balance_characters),
             num_workers=config.num_workers,
             pin_memory=config.pin_memory,
             stream=stream,
@@ -309,3 +315,8 @@ class LoRATrainer:
     def _set_training_mode(self, training: bool) -> None:
         for part in self.models:
             getattr(self.parts, part).train(training)
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(line)

@@ -39,12 +39,18 @@ class Entry:
     confidence: float | None = None
     rescued: bool = False
     faces: tuple[Box, ...] = ()
+    prompted: bool = False
+    repeats: int = 1
 
 
 def clean(value: Any) -> Any:
-    """Return text on one line, without control characters or halves of characters; else as it is."""
+    """Return text on one line, without control characters or halves of characters; else as it is.
+
+    In Unicode's composed form: macOS takes letters apart, and a name would not be found any more.
+    """
     if not isinstance(value, str):
         return value
+    value = unicodedata.normalize("NFC", value)
     kept = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in value)
     return " ".join("".join(kept).split())
 
