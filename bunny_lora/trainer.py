@@ -188,6 +188,11 @@ class LoRATrainer:
             given = self._given_lora() if self.group.is_main else {}
             samples = dataset.read_samples(self.data_dir, **reading(config))
             images = self._encode(samples, self.data_dir.parent, "training")
+            if training.caption_tag_dropout and not images.has_parts:
+                print(
+                    "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
+                    " that may be left out."
+                )
             self.class_sha256: str | None = None
             preserved = self._class_images(start) if config.prior_preservation.enabled else None
 
