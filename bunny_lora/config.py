@@ -215,6 +215,8 @@ class Config(Section):
     """Pictures are read inside the project and the run only; this follows recorded paths anywhere."""
     data_dir: OwnFolder = "training_data/instance_images"
     """Where the training data is prepared, or lies already."""
+    caption_column: str | None = None
+    """Which column of a folder's table holds the captions; null: `text`, else `caption` or `prompt`."""
     instance_prompt: str = "cartoon character"
     """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
@@ -285,6 +287,10 @@ class Config(Section):
     def data_path(self) -> Path:
         """`data_dir` as an absolute path."""
         return paths.resolve(self.data_dir)
+
+    def is_set(self, key: str) -> bool:
+        """Whether the user set a key at the top, be it to its default."""
+        return key in self._given
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same.

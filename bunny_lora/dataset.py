@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import name_first
-from bunny_lora.data.frames import Sample
-from bunny_lora.data.images import crop_around, open_rgb
-from bunny_lora.data.metadata import METADATA, read_rows
+from bunny_lora.data.folder import Listing, has_captions, read_folder
+from bunny_lora.data.frames import Sample, Unused
+from bunny_lora.data.images import Finder, crop_around, open_rgb
+from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
     load_summary,
     sample_from,
@@ -95,15 +97,19 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32) / 127.5 - 1.0
 
-    def repeats(self) -> list[int]:
-        """Return how often to show each picture, so that every character is seen about as often.
+    def repeats(self, *, balance: bool = True) -> list[int]:
+        """Return how often to show each picture; with `balance`, every character about as often.
 
         Who is in most pictures sets the measure; a picture counts for the rarest of those in it.
         """
-        counts = Counter(name for sample in self.samples for name in sample.characters)
+        if not balance:
+            return [sample.repeats for sample in self.samples]
+        counts: Counter[str] = Counter()
+        for sample in self.samples:
+            counts.update(dict.fromkeys(sample.characters, sample.repeats))
         most = max(counts.values(), default=1)
         return [
-            max((round(most / counts[name]) for name in sample.characters), default=1)
+            sample.repeats * max((round(most / counts[name]) for name in sample.characters), default=1)
             for sample in self.samples
         ]
 
@@ -128,34 +134,115 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def read_samples(data_dir: Path, instance_prompt: str = "(no caption)") -> list[Sample]:
-    """Return the pictures that `metadata.jsonl` lists, with what the summary knows of each.
+def is_data(data_dir: Path) -> bool:
+    """Whether a folder can be trained on as it is: it has a table, or captions beside pictures."""
+    return find_table(data_dir) is not None or has_captions(data_dir)
+
+
+def read_samples(
+    data_dir: Path,
+    instance_prompt: str = "(no caption)",
+    *,
+    caption_column: str | None = None,
+    allow_outside_paths: bool = False,
+) -> list[Sample]:
+    """Return the pictures that a folder's table lists, with what the summary knows of each.
+
+    Without a table they are the pictures with captions beside them, as `prepare` reads a source.
 
     Args:
-        data_dir: a folder with `metadata.jsonl`, ours or anybody's.
-        instance_prompt: the caption of lines that have no `text`.
+        data_dir: a folder with `metadata.jsonl` or other captions, ours or anybody's.
+        instance_prompt: the caption of pictures that have none.
+        caption_column: of the table, as in the configuration.
+        allow_outside_paths: follow links out of the folder.
 
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
     data_dir = paths.resolve(data_dir)
+    options: Any = {"caption_column": caption_column, "allow_outside_paths": allow_outside_paths}
+    if find_table(data_dir) is None and has_captions(data_dir):
+        return _samples_beside(_listing(data_dir, instance_prompt, **options), data_dir)
     images = (load_summary(data_dir) or {}).get("images", [])
     known = {image["file_name"]: image for image in images}
+    samples = []
+    for row in read_rows(data_dir, instance_prompt, **options):
+        sample = sample_from(known.get(row.file_name, {}), data_dir / row.file_name, row.text)
+        samples.append(replace(sample, prompted=row.prompted or sample.prompted))
+    return samples
+
+
+def _listing(
+    data_dir: Path,
+    instance_prompt: str,
+    *,
+    caption_column: str | None = None,
+    allow_outside_paths: bool = False,
+) -> Listing:
+    finder = Finder(data_dir, [], anywhere=allow_outside_paths)
+    return read_folder(finder, instance_prompt=instance_prompt, caption_column=caption_column)
+
+
+def _samples_beside(listing: Listing, data_dir: Path) -> list[Sample]:
     return [
-        sample_from(known.get(file_name, {}), data_dir / file_name, text)
-        for file_name, text in read_rows(data_dir, instance_prompt)
+        Sample(
+            entry.frame_id,
+            data_dir / entry.recorded,
+            entry.caption,
+            prompted=entry.prompted,
+            repeats=entry.repeats,
+        )
+        for entry in listing.entries
+        if not entry.reason
     ]
 
 
-def data_sha256(data_dir: Path) -> str:
+def describe_as_it_is(data_dir: Path, **options: Any) -> dict[str, Any]:
+    """Return of a folder that nobody prepared what `remarks` are made of.
+
+    Args:
+        data_dir: as in `read_samples`.
+        **options: what `reading` returns.
+
+    Raises:
+        BunnyLoraError: as `ImageDataset`.
+    """
+    samples = read_samples(data_dir, **options)
+    listing = _listing(data_dir, **options)
+    used = {sample.path.resolve() for sample in samples}
+    unused = [
+        Unused(
+            entry.recorded or entry.frame_id, entry.reason or "a picture that the table does not list"
+        )
+        for entry in listing.entries
+        if entry.reason or (data_dir / entry.recorded).resolve() not in used
+    ]
+    return {
+        "n_images": len(samples),
+        "n_instance_prompt": sum(sample.prompted for sample in samples),
+        "notes": listing.notes,
+        "unused": [asdict(item) for item in (*unused, *listing.unused)],
+    }
+
+
+def data_sha256(data_dir: Path, **options: Any) -> str:
     """Return one hash of all that training reads of a folder: captions, pictures, who is where in them.
+
+    Args:
+        data_dir: as in `read_samples`.
+        **options: what `reading` returns.
 
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
     data_dir = paths.resolve(data_dir)
-    names = sorted({file_name for file_name, _ in read_rows(data_dir, "-")})
-    digest = files.sha256(data_dir / METADATA, *(data_dir / name for name in names))
+    samples = read_samples(data_dir, **options | {"instance_prompt": "-"})
+    names = [sample.path.relative_to(data_dir).as_posix() for sample in samples]
+    pictures = [data_dir / name for name in sorted(set(names))]
+    if (table := find_table(data_dir)) is None:
+        said = [[name, s.caption, s.repeats] for name, s in zip(names, samples, strict=True)]
+        return sha256_hex((files.sha256(*pictures) + json.dumps(said)).encode())
+    digest = files.sha256(table, *pictures)
     if (summary := load_summary(data_dir)) is None:
         return digest
     who = [

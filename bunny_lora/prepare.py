@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths, ranks
 from bunny_lora.data import frames, writing
+from bunny_lora.data.folder import CAPTION_NOT_READ, READ
+from bunny_lora.data.summary import describe, remarks
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
-SETTINGS = ("source", "min_confidence", "instance_prompt", "allow_outside_paths", "base_model")
+SETTINGS = (
+    "source", "min_confidence", "instance_prompt", "caption_column", "allow_outside_paths",
+    "base_model",
+)  # fmt: skip
 """What prepared data depend on, `base_model` for its tokenizer."""
 FILM_RECORD = "drawn_by.json"
 
@@ -30,7 +36,29 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         BunnyLoraError: no source, nothing usable in it, or edited data would be replaced.
     """
     tokenizer = components.load_tokenizer(config.base_model)
-    return writing.prepare(_read(config), config.data_path, tokenizer=tokenizer, overwrite=overwrite)
+    source = _read(config)
+    _refuse_captionless(describe(source, source.frames, None), config, source.origin)
+    return writing.prepare(source, config.data_path, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def reading(config: Config) -> dict[str, Any]:
+    """Return what a configuration says of how data are read, for `read_source` and `read_samples`."""
+    return {
+        "instance_prompt": config.instance_prompt,
+        "caption_column": config.caption_column,
+        "allow_outside_paths": config.allow_outside_paths,
+    }
+
+
+def check_as_it_is(config: Config) -> list[str]:
+    """Return what nobody should miss of a `data_dir` that no one prepared: lines as of `remarks`.
+
+    Raises:
+        BunnyLoraError: it cannot be read, or has no captions and nobody asked for one for all.
+    """
+    about = dataset.describe_as_it_is(config.data_path, **reading(config))
+    _refuse_captionless(about, config, config.data_path)
+    return remarks(about)
 
 
 def source_changed(config: Config) -> bool:
@@ -50,8 +78,27 @@ def _read(config: Config) -> frames.Source:
     return stage4.read_source(
         stage4.find_source(config.source),
         min_confidence=config.min_confidence,
-        instance_prompt=config.instance_prompt,
-        allow_outside_paths=config.allow_outside_paths,
+        **reading(config),
+    )
+
+
+def _refuse_captionless(data: Mapping[str, Any], config: Config, folder: Path) -> None:
+    """Stop if one made-up caption would stand for all, unless it was asked for.
+
+    A configuration written out in full sets it as well, so captions that are not read are asked about.
+    """
+    unread = [item["file"] for item in data["unused"] if item["reason"] == CAPTION_NOT_READ]
+    meant = config.is_set("instance_prompt") and not unread
+    if meant or not 0 < data["n_images"] == data["n_instance_prompt"]:
+        return
+    found = f" There is {unread[0]} beside a picture, which is not read." if unread else ""
+    found += "".join(f" {note}." for note in data["notes"])
+    away = "move such files away and " if unread else ""
+    raise BunnyLoraError(
+        f"None of the {data['n_images']} pictures in {paths.relative(folder)} has a caption, so all"
+        f" would be trained on one and the same, the instance_prompt {config.instance_prompt!r}."
+        f" Captions are read from {READ}.{found} If one caption for all is meant, {away}say which:"
+        " --set instance_prompt='zorblax the fox', or instance_prompt: in the configuration."
     )
 
 

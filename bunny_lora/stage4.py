@@ -9,18 +9,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from bunny_lora.core import files, paths
-from bunny_lora.core.files import is_file, is_folder, is_inside
+from bunny_lora.core.files import is_file, is_folder
 from bunny_lora.core.progress import progress
 from bunny_lora.data.captions import Entry, clean, entry_from_record
+from bunny_lora.data.folder import Listing, has_pictures, read_folder
 from bunny_lora.data.frames import Dropped, Sample, Source
-from bunny_lora.data.images import SUFFIXES, Finder, inspect
-from bunny_lora.data.metadata import METADATA, _integer, json_lines
+from bunny_lora.data.images import Finder, inspect
+from bunny_lora.data.metadata import _integer, find_table
 from bunny_lora.errors import BunnyLoraError, LeftOutError
 
 RUN_JSON = Path("llm_analysis") / "llm_analysis.json"
@@ -41,7 +41,9 @@ def find_source(name: str = "auto") -> Path:
         return _newest_run()
     if name == "bunny-world":
         return _demo_film()
-    for path in (paths.project_root() / "outputs" / name, paths.resolve(name), Path.cwd() / name):
+    if found := _as_run(paths.project_root() / "outputs" / name):
+        return found
+    for path in (paths.resolve(name), Path.cwd() / name, paths.project_root() / "outputs" / name):
         if found := _as_source(path):
             return found
     raise BunnyLoraError(_unknown(name))
@@ -69,14 +71,19 @@ def _demo_film() -> Path:
     )
 
 
-def _as_source(path: Path) -> Path | None:
-    """Return the JSON of the stage-4 run at `path`, or `path` if a folder of pictures, or None."""
+def _as_run(path: Path) -> Path | None:
+    """Return the JSON of the stage-4 run at `path`, or None."""
     for json_path in (path / RUN_JSON, path / RUN_JSON.name):
         if is_file(json_path):
             return json_path
-    if is_file(path) and path.suffix == ".json":
-        return path
-    return path if is_folder(path) and (is_file(path / METADATA) or _pictures(path)) else None
+    return path if is_file(path) and path.suffix == ".json" else None
+
+
+def _as_source(path: Path) -> Path | None:
+    """Return the JSON of the stage-4 run at `path`, or `path` if a folder of pictures, or None."""
+    if found := _as_run(path):
+        return found
+    return path if is_folder(path) and (find_table(path) or has_pictures(path)) else None
 
 
 def _unknown(name: str) -> str:
@@ -96,6 +103,7 @@ def read_source(
     min_confidence: float = 0.5,
     instance_prompt: str = "",
     allow_outside_paths: bool = False,
+    caption_column: str | None = None,
 ) -> Source:
     """Read and clean a source; every picture in `frames` has been decoded once and is good.
 
@@ -107,6 +115,8 @@ def read_source(
         min_confidence: stage-4 entries below it are left out; a missing confidence counts as 0.
         instance_prompt: the caption of pictures in a plain folder that have none.
         allow_outside_paths: read a picture wherever its recorded path leads.
+        caption_column: which column of a folder's table holds the captions; None: `text`, or else
+            `caption` or `prompt`.
 
     Raises:
         BunnyLoraError: there is no source, or it cannot be read as a whole.
@@ -115,17 +125,25 @@ def read_source(
     if found is None:
         raise BunnyLoraError(_unknown(str(path)))
     if found.is_dir():
-        entries = list(_folder_entries(found, instance_prompt))
         kind, folder, threshold = "folder", found, None
-        raw = json.dumps([[entry.recorded, entry.caption] for entry in entries]).encode()
     else:
-        raw, records = _read_list(found)
-        entries = [entry_from_record(record, n, min_confidence) for n, record in enumerate(records, 1)]
         kind, threshold = "stage-4", min_confidence
         folder = found.parent.parent if found.parent.name == RUN_JSON.parent.name else found.parent
     finder = Finder(folder, [paths.project_root()], anywhere=allow_outside_paths)
-    frames, dropped = _look_for(entries, finder)
-    return Source(folder, kind, frames, dropped, _digest(raw, frames), threshold)
+    if kind == "folder":
+        listing = read_folder(finder, instance_prompt=instance_prompt, caption_column=caption_column)
+        raw = json.dumps([_told_apart_by(entry) for entry in listing.entries]).encode()
+    else:
+        raw, records = _read_list(found)
+        numbered = enumerate(records, 1)
+        listing = Listing([entry_from_record(record, n, min_confidence) for n, record in numbered])
+    frames, dropped = _look_for(listing.entries, finder)
+    digest = _digest(raw, frames)
+    return Source(folder, kind, frames, dropped, digest, threshold, listing.unused, listing.notes)
+
+
+def _told_apart_by(entry: Entry) -> list[Any]:
+    return [entry.recorded, entry.caption, *[entry.repeats] * (entry.repeats != 1)]
 
 
 def _look_for(entries: list[Entry], finder: Finder) -> tuple[list[Sample], list[Dropped]]:
@@ -185,52 +203,3 @@ def _read_list(path: Path) -> tuple[bytes, list[Any]]:
     if not records:
         raise BunnyLoraError(f"{path} is an empty list: stage 4 described no frame. {again}")
     return raw, records
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and is_file(path)
-    )
-
-
-def _folder_entries(folder: Path, instance_prompt: str) -> Iterator[Entry]:
-    """Yield the rows of metadata.jsonl, then the pictures that it does not list.
-
-    Captions here were written by a person, so short ones ("ellie, forest") are as good as long ones.
-    """
-    listed = set()
-    rows = json_lines(folder / METADATA) if is_file(folder / METADATA) else iter(())
-    for number, row in rows:
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str):
-            reason = f"invalid entry: line {number} of {METADATA} is no JSON object with a file_name"
-            yield Entry(f"line {number}", "", reason=reason)
-            continue
-        listed.add(name)
-        yield _folder_entry(folder, name, clean(row.get("text")), instance_prompt)
-    for path in _pictures(folder):
-        if path.name not in listed:
-            yield _folder_entry(folder, path.name, None, instance_prompt)
-
-
-def _folder_entry(folder: Path, name: str, text: Any, instance_prompt: str) -> Entry:
-    frame_id = clean(PureWindowsPath(name).stem) or clean(name)
-    try:
-        caption = text if text and isinstance(text, str) else _text_beside(folder, name)
-    except UnicodeDecodeError:
-        return Entry(frame_id, name, reason="invalid entry: the .txt caption is not UTF-8 text")
-    caption = caption or clean(instance_prompt)
-    reason = "" if caption else "no caption: no text, no .txt beside it, and no instance_prompt"
-    return Entry(frame_id, name, caption, reason)
-
-
-def _text_beside(folder: Path, name: str) -> str:
-    """Return the caption in `<picture>.txt`, as kohya's trainers keep it; empty if there is none."""
-    if not Path(name).name:
-        return ""
-    path = (folder / name).with_suffix(".txt")
-    if not is_file(path) or not is_inside(path, [folder.resolve()]):
-        return ""
-    return clean(path.read_bytes().decode("utf-8-sig"))

@@ -13,9 +13,10 @@ from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import files, interrupts, lock, paths, ranks
 from bunny_lora.core.image_file import save_image
+from bunny_lora.data.summary import remarks
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components, devices
-from bunny_lora.prepare import prepare_data, source_changed
+from bunny_lora.prepare import check_as_it_is, prepare_data, reading, source_changed
 from bunny_lora.training import (
     banner,
     checkpoint,
@@ -118,7 +119,7 @@ class LoRATrainer:
     def _train_what_is_left(self, final: Path) -> Iterator[StepRecord]:
         with interrupts.stoppable():
             commit = components.base_commit(self.config.base_model)
-            data = dataset.data_sha256(self.data_dir)
+            data = dataset.data_sha256(self.data_dir, **reading(self.config))
             about = Identity.of(self.config, data, self.group.count, commit)
             start, complete = self.group.told_by_main(lambda: self._open(about, final))
             if not complete:
@@ -174,9 +175,14 @@ class LoRATrainer:
     def prepare_data(self) -> None:
         """Prepare the training data if there is none; say so if its source has changed since."""
         files.recover(self.data_dir.parent)
-        if not (self.data_dir / "metadata.jsonl").is_file():
+        if not dataset.is_data(self.data_dir):
             summary = prepare_data(self.config)
             print(f"Prepared {summary['n_images']} images in {paths.relative(self.data_dir)}")
+            if summary["dropped"]:
+                print(f"{len(summary['dropped'])} are left out: see data_summary.json beside them")
+            _say(remarks(summary))
+        elif dataset.load_summary(self.data_dir) is None:
+            _say(check_as_it_is(self.config))
         elif source_changed(self.config):
             print(
                 "The frames have changed since they were prepared, and training goes on with what was"
@@ -224,3 +230,8 @@ class LoRATrainer:
     def _draw(self, sample: ValidationImage) -> Image.Image:
         with interrupts.stoppable():
             return validation.draw(self.setup.pipe, self.config, sample)
+
+
+def _say(lines: list[str]) -> None:
+    for line in lines:
+        print(line)

@@ -44,7 +44,7 @@ BROKEN = {
     "page.png": (b"<!DOCTYPE html><html>404</html>", "is not a picture in a known format"),
     "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not a picture in a known"),
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture in a known format"),
-    "other.jp2": (encoded("JPEG2000"), "not a picture in a known format"),
+    "other.jp2": (encoded("JPEG2000"), "format not read: other.jp2 is JPEG 2000; save it as PNG"),
     "integers.tif": (
         encoded("TIFF", Image.new("I", (40, 40), 70_000)),
         "32-bit pixels (mode I) have no",

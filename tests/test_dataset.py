@@ -114,6 +114,8 @@ def test_summary_says_everything_and_nothing_of_this_machine(root, data_dir, tmp
         "faces": [[1, 2, 3, 4]],
         "size": [64, 48],
         "caption_tokens": None,
+        "prompted": False,
+        "repeats": 1,
         "sha256": "",
     }
     assert str(tmp_path) not in (data_dir.parent / "data_summary.json").read_text()
@@ -375,7 +377,8 @@ def test_a_line_taken_out_by_hand_is_no_sample_and_a_foreign_picture_is_a_plain_
     prepare(make_source(root), data_dir)
     make_frame(data_dir / "mine.png")
     (data_dir / "metadata.jsonl").write_text('{"file_name": "mine.png"}\n')
-    assert read_samples(data_dir) == [Sample("mine", data_dir / "mine.png", "(no caption)")]
+    mine = Sample("mine", data_dir / "mine.png", "(no caption)", prompted=True)
+    assert read_samples(data_dir) == [mine]
 
 
 def test_a_tokenizer_moves_names_to_where_cutting_cannot_lose_them(root, data_dir, tokenizer):

@@ -271,3 +271,32 @@ def test_a_part_with_a_known_name_is_never_left_out(vae: AutoencoderKL, folder: 
     seen = Counter(part for text in drawn for part in text.split(", "))
     assert seen["ellie"] == seen["Rex the fox"] == seen["phil"] == 100
     assert seen["snow"] < 30 and seen["trex"] < 30
+
+
+@pytest.mark.parametrize(
+    "comma", [", ", ",", "\N{FULLWIDTH COMMA}", "\N{IDEOGRAPHIC COMMA}", " ,", ",, "]
+)
+def test_parts_are_found_between_commas_of_every_kind(
+    vae: AutoencoderKL, folder: Path, comma: str
+) -> None:
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    parts = ["ellie", "bunny", "1,000 flakes", "running"]
+    images.samples = [replace(sample, caption=comma.join(parts)) for sample in images.samples]
+    cache = folder.parent / "cache"
+    encoded = latents.encode_dataset(vae, images, cache, tag_dropout=0.5)
+    seen = set(encoded.batch(0, 0, 400, 1000).captions)
+    kept = [
+        [part for i, part in enumerate(parts) if not i or bits >> i & 1] for bits in range(0, 16, 2)
+    ]
+    assert encoded.has_parts and seen == {comma.join(some) for some in kept}
+
+
+@pytest.mark.parametrize("caption", ["ellie in the snow", "1,000 flakes", "ellie, and ellie", "ellie,"])
+def test_captions_with_nothing_to_leave_out_are_known(
+    vae: AutoencoderKL, folder: Path, caption: str
+) -> None:
+    images = ImageDataset(folder, resolution=32, center_crop=True)
+    images.samples = [replace(s, caption=caption, characters=("ellie",)) for s in images.samples]
+    encoded = latents.encode_dataset(vae, images, folder.parent / "cache", tag_dropout=0.9)
+    assert not encoded.has_parts
+    assert encoded.batch(0, 0, 5, 1000).captions == [caption] * 5

@@ -459,3 +459,12 @@ def test_thinned_captions_reach_the_unet(train_text_encoder: bool, tiny_model: s
     thin = train(tiny_model, output_dir="thin", lora=lora, training=thinned)
     assert log_of(whole)[0]["loss"] != log_of(thin)[0]["loss"]
     assert log_of(whole)[0]["loss"] == pytest.approx(log_of(thin)[0]["loss"], rel=0.05)
+
+
+def test_leaving_out_parts_where_there_are_none_is_said(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = data / "metadata.jsonl"
+    table.write_text(table.read_text().replace("ellie, ", "ellie "))
+    train(tiny_model, training={"max_train_steps": 1, "caption_tag_dropout": 0.5})
+    assert "caption_tag_dropout does nothing" in capsys.readouterr().out

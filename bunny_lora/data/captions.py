@@ -5,6 +5,7 @@ Text only: whether the picture that belongs to it is there and good is for the m
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import unicodedata
@@ -24,6 +25,10 @@ MIN_CAPTION_CHARACTERS = 10
 FAILED_PREFIX = "Analysis failed"
 JSON_PREFIXES = ("{", "```")
 
+# Plain ones but in "1,000", full-width and ideographic ones; whatever follows the last is no part.
+WIDE = "\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}"
+COMMAS = re.compile(rf"\s*(?:(?<!\d),|,(?!\d)|[{WIDE}])[\s,{WIDE}]*(?=[^\s,{WIDE}])")
+
 Box = tuple[float, float, float, float]
 
 
@@ -39,12 +44,18 @@ class Entry:
     confidence: float | None = None
     rescued: bool = False
     faces: tuple[Box, ...] = ()
+    prompted: bool = False
+    repeats: int = 1
 
 
 def clean(value: Any) -> Any:
-    """Return text on one line, without control characters or halves of characters; else as it is."""
+    """Return text on one line, without control characters or halves of characters; else as it is.
+
+    In Unicode's composed form: macOS takes letters apart, and a name would not be found any more.
+    """
     if not isinstance(value, str):
         return value
+    value = unicodedata.normalize("NFC", value)
     kept = (c if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs") else "" for c in value)
     return " ".join("".join(kept).split())
 
@@ -52,6 +63,16 @@ def clean(value: Any) -> Any:
 def find_name(text: str, name: str) -> re.Match[str] | None:
     """Return where `text` first has `name` as a word of its own ("rex" is not in "trex")."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
+
+
+def caption_parts(caption: str) -> list[str]:
+    """Return what stands between commas, each part but the first with the comma before it.
+
+    With or without a space, full-width commas too; the comma of "1,000" is none. Joined, they are the
+    caption.
+    """
+    starts = [match.start() for match in COMMAS.finditer(caption)]
+    return [caption[a:b] for a, b in itertools.pairwise((0, *starts, len(caption)))]
 
 
 def _names(value: Any) -> Any:

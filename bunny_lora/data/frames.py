@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bunny_lora.data.captions import Box
@@ -22,6 +22,8 @@ class Sample:
         faces: boxes (x1, y1, x2, y2) in pixels.
         size: (width, height) in pixels, empty where nobody looked.
         tokens: how many the caption takes, start and end included; None where nobody counted.
+        prompted: the caption is the `instance_prompt`, for want of one.
+        repeats: how often it counts in an epoch.
     """
 
     frame_id: str
@@ -33,6 +35,8 @@ class Sample:
     faces: tuple[Box, ...] = ()
     size: tuple[int, ...] = ()
     tokens: int | None = None
+    prompted: bool = False
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,19 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Unused:
+    """A file, from its source's folder, that nothing is learnt from. `reason` is as in `Dropped`."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Source:
-    """All that was read. `origin` is the run folder or the plain one, `kind` "stage-4" or "folder"."""
+    """All that was read. `origin` is the run folder or the plain one, `kind` "stage-4" or "folder".
+
+    `unused` are files beside the pictures, `notes` what was guessed and has to be said.
+    """
 
     origin: Path
     kind: str
@@ -54,3 +69,5 @@ class Source:
     dropped: list[Dropped]
     digest: str
     min_confidence: float | None = None
+    unused: list[Unused] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

@@ -7,28 +7,63 @@ training data and the data set agree on every one of them.
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import re
+import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.data.colours import is_16_bit, is_srgb, to_srgb
 from bunny_lora.errors import LeftOutError
 
 # Only decoders that are pure and common: others call programs (EPS) or open further files.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *["AVIF"] * bool(features.check("avif")))
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo")
+OTHER_SUFFIXES = (".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+SUFFIXES = frozenset((*JPEG_SUFFIXES, *OTHER_SUFFIXES, *[".avif"] * ("AVIF" in FORMATS)))
 PLAIN_SUFFIXES = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",)}
+
+# Pictures that somebody else has to convert: their decoders are large, or not free of surprises.
+UNREAD = {
+    suffix: kind
+    for kind, suffixes in {
+        "HEIC": ".heic .heif .hif",
+        "AVIF": ".avif .avifs",
+        "JPEG XL": ".jxl",
+        "JPEG 2000": ".jp2 .j2k .jpx .jpf",
+        "a drawing program's": ".psd .psb .xcf .kra .clip .ora .svg .ai .eps .pdf",
+        "a camera's raw data": ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2",
+        "of a rare format": ".exr .hdr .tga .dds .ppm .pgm .pnm .qoi .pcx .ico .jxr",
+        "a video": ".mp4 .mov .m4v .mkv .webm .avi",
+    }.items()
+    for suffix in suffixes.split()
+    if suffix not in SUFFIXES
+}
+# How files begin, whatever they are called.
+BEGINNINGS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "GIF": rb"GIF8[79]a",
+    "WEBP": rb"RIFF....WEBP",
+    "HEIC": rb"....ftyp(hei|hev|mif1|msf1)",
+    "AVIF": rb"....ftypavi[fs]",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+}
 
 MIN_SIDE_PX = 32  # VAE and U-Net divide by 32 at least: anything smaller is a single point to them.
 MAX_SIDE_PX = 20_000
 MAX_ASPECT = 4  # A square crop of anything longer shows less than a quarter of the picture.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against decompression bombs.
 
+OUTSIDE = "outside the project and the run folder"
+HOW_TO_ALLOW = "copy it there, or set allow_outside_paths: true"
 MAX_SHOWN = 120  # Characters of a path in a reason.
 MAX_TAIL_PARTS = 16  # How much of a recorded path is looked for under other folders.
 
@@ -59,6 +94,8 @@ def inspect(path: Path) -> tuple[int, int]:
     except LeftOutError:
         raise
     except UnidentifiedImageError:
+        if (kind := kind_of(path)) and kind not in FORMATS:
+            raise LeftOutError(f"{unread(path.name, kind)}, whatever its ending says") from None
         what = "is not a picture in a known format" if path.stat().st_size else "is an empty file"
         raise LeftOutError(f"broken image: {path.name} {what}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -68,6 +105,22 @@ def inspect(path: Path) -> tuple[int, int]:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         detail = detail.replace(str(path), path.name)
         raise LeftOutError(f"broken image: {path.name}: {detail}") from None
+
+
+def kind_of(path: Path) -> str:
+    """Return the format that a file's first bytes tell of, empty for what is no picture we know."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        return ""
+    found = (kind for kind, begin in BEGINNINGS.items() if re.match(begin, start, re.DOTALL))
+    return next(found, "")
+
+
+def unread(name: str, kind: str) -> str:
+    """Return the reason for a picture of a format that is not read."""
+    return f"format not read: {name} is {kind}; save it as PNG or JPEG"
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -83,7 +136,7 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 
 def plain_suffix(path: Path) -> str | None:
-    """Return the file name's ending if the bytes can be used as they are, else None."""
+    """Return the ending of a copy if the bytes can be used as they are, else None."""
     with Image.open(path, formats=FORMATS) as image:
         deep = is_16_bit(image)  # Asked first: reading the EXIF may decode the pixels.
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)
@@ -91,6 +144,8 @@ def plain_suffix(path: Path) -> str | None:
         usual = is_srgb(image.info.get("icc_profile")) and not deep
         still = not getattr(image, "is_animated", False)
         suffix = path.suffix.lower()
+        if image.format == "JPEG" and suffix in JPEG_SUFFIXES[2:]:
+            suffix = JPEG_SUFFIXES[0]
         honest = suffix in PLAIN_SUFFIXES.get(image.format or "", ())
         return suffix if upright and opaque and usual and still and honest else None
 
@@ -125,15 +180,16 @@ class Finder:
         for candidate in self._candidates(recorded, tail):
             if not is_file(candidate):
                 continue
-            if self.anywhere or is_inside(candidate, self.allowed):
+            if self.permits(candidate):
                 return candidate.resolve()
             outside = True
         if outside:
-            raise LeftOutError(
-                f"outside the project and the run folder: {shown} (copy it into the run, or set"
-                " allow_outside_paths: true)"
-            )
+            raise LeftOutError(f"{OUTSIDE}: {shown} ({HOW_TO_ALLOW})")
         raise LeftOutError(f"missing frame: {shown or 'no path recorded'}")
+
+    def permits(self, path: Path) -> bool:
+        """Whether `path` may be read, wherever links take it."""
+        return self.anywhere or is_inside(path, self.allowed)
 
     def _candidates(self, recorded: str, tail: list[str]) -> Iterator[Path]:
         """As given; from the run folder and the folders above it that are ours; by ever less of it."""
@@ -146,11 +202,11 @@ class Finder:
     def _by_tail(self, tail: list[str]) -> list[Path]:
         """The one file anywhere under the run folder that ends most alike; none if two do."""
 
-        def alike(path: Path) -> int:
-            pairs = zip(reversed(path.parts), reversed(tail), strict=False)
-            return next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), len(tail))
+        def alike(path: Path) -> tuple[int, int]:
+            ours, theirs = list(path.parts[::-1]), tail[::-1]
+            return n_equal(map(name_key, ours), map(name_key, theirs)), n_equal(ours, theirs)
 
-        ranked = sorted(self._index.get(tail[-1], []), key=alike, reverse=True)
+        ranked = sorted(self._index.get(name_key(tail[-1]), []), key=alike, reverse=True)
         unique = len(ranked) == 1 or (len(ranked) > 1 and alike(ranked[0]) > alike(ranked[1]))
         return ranked[:1] if unique else []
 
@@ -164,8 +220,19 @@ class Finder:
         index: dict[str, list[Path]] = {}
         for folder, _, names in os.walk(self.base):
             for name in names:
-                index.setdefault(name, []).append(Path(folder) / name)
+                index.setdefault(name_key(name), []).append(Path(folder) / name)
         return index
+
+
+def name_key(name: str) -> str:
+    """Return what names have in common that only some systems tell apart: Unicode's forms, and case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def n_equal(ours: Iterable[str], theirs: Iterable[str]) -> int:
+    """Return how many pairs at the start are equal."""
+    pairs = zip(ours, theirs, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _tail(recorded: str) -> list[str]:

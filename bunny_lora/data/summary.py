@@ -19,6 +19,7 @@ from bunny_lora.errors import BunnyLoraError
 
 SCHEMA_VERSION = 1
 SUMMARY = "data_summary.json"
+MAX_SHOWN = 4  # Names of files in one line.
 
 
 def load_summary(data_dir: Path) -> dict | None:
@@ -78,7 +79,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[str, Any]:
-    """Return counts and spreads over what is used, and the list of what is not.
+    """Return counts and spreads over what is used, the list of what is not, and what is to be said.
 
     Args:
         source: what was read.
@@ -102,12 +103,15 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
         "n_entries": len(frames) + len(dropped),
         "n_images": len(frames),
         "n_rescued": sum(frame.rescued for frame in frames),
+        "n_instance_prompt": sum(frame.prompted for frame in frames),
         "characters": dict(sorted(names.items())),
         "confidence": _spread(confidence) if confidence else None,
         "caption_tokens": _tokens(frames, samples, token_limit(tokenizer)),
         "sizes": dict(sorted(sizes.items())),
         "dropped_by_reason": by_reason(source),
         "dropped": dropped,
+        "unused": [{"file": item.file, "reason": item.reason} for item in source.unused],
+        "notes": source.notes,
     }
 
 
@@ -124,6 +128,26 @@ def _tokens(
     }
 
 
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """Return in lines what nobody should miss: captions that were made up, guesses, files not used.
+
+    Args:
+        summary: as `describe` returns it; of an older version, it says less.
+    """
+    n_images, prompted = summary["n_images"], summary.get("n_instance_prompt", 0)
+    lines = []
+    if prompted:
+        lines.append(f"{prompted} of {n_images} have no caption and get the instance_prompt for one")
+    lines += summary.get("notes", [])
+    by_reason: dict[str, list[str]] = {}
+    for item in summary.get("unused", []):
+        by_reason.setdefault(item["reason"], []).append(item["file"])
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - MAX_SHOWN} more" * (len(names) > MAX_SHOWN)
+        lines.append(f"not used: {', '.join(names[:MAX_SHOWN])}{more}: {reason}")
+    return lines
+
+
 def sample_from(image: Mapping[str, Any], path: Path, caption: str) -> Sample:
     """Return the sample that an object of `describe_files` is about; empty for a foreign picture."""
     return Sample(
@@ -135,6 +159,8 @@ def sample_from(image: Mapping[str, Any], path: Path, caption: str) -> Sample:
         image.get("rescued", False),
         tuple(tuple(box) for box in image.get("faces", ())),
         tuple(image.get("size", ())),
+        prompted=image.get("prompted", False),
+        repeats=image.get("repeats", 1),
     )
 
 
@@ -150,6 +176,8 @@ def describe_files(samples: Sequence[Sample], text: str, hashes: list[str]) -> d
             "faces": [list(box) for box in sample.faces],
             "size": list(sample.size),
             "caption_tokens": sample.tokens,
+            "prompted": sample.prompted,
+            "repeats": sample.repeats,
             "sha256": sha256,
         }
         for sample, sha256 in zip(samples, hashes, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,7 +172,12 @@ def _unchanged(use: Callable[..., T], path: Path, *arguments: Any) -> T:
 
 def _file_name(path: Path, taken: set[str]) -> str:
     """Return a name that every system takes, and that no frame has yet on any of them."""
-    stem = re.sub(r"[^\w.-]+", "_", path.stem)[:MAX_STEM_CHARACTERS].strip("._-") or "image"
+    stem = (
+        re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", path.stem))[:MAX_STEM_CHARACTERS].strip(
+            "._-"
+        )
+        or "image"
+    )
     stem = SPLIT_WORDS.sub(r"x\1", stem)
     suffix = plain_suffix(path) or ".png"
     name, number = stem + suffix, 1

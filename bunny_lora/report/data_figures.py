@@ -19,6 +19,7 @@ from PIL import ImageOps
 from bunny_lora.core import paths
 from bunny_lora.core.files import is_file
 from bunny_lora.data.images import open_rgb
+from bunny_lora.data.summary import remarks
 from bunny_lora.dataset import read_samples
 from bunny_lora.report.plot import (
     BLUE,
@@ -124,13 +125,14 @@ def _plural(n: int, noun: str) -> str:
 
 
 def dropped_text(summary: dict[str, Any]) -> str:
-    """Return what was left out and why, as plain text: counts, then every frame."""
+    """Return what was left out and why, as plain text: counts, every frame, and what else to know."""
     dropped = summary["dropped"]
     lines = [f"{summary['n_images']} of {summary['n_entries']} frames kept, {len(dropped)} left out"]
     by_reason = sorted(summary["dropped_by_reason"].items(), key=lambda item: (-item[1], item[0]))
     lines += [f"  {count:>4}  {reason}" for reason, count in by_reason]
     wide = max((len(str(item["frame_id"])) for item in dropped), default=0)
     lines += [f"        {item['frame_id']!s:<{wide}}  {item['reason']}" for item in dropped]
+    lines += remarks(summary)
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
-from bunny_lora.data.captions import find_name
+from bunny_lora.data.captions import caption_parts, find_name
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 
@@ -127,14 +127,22 @@ class EncodedImages:
         return first + int(torch.randint(last - first + 1, (), generator=random))
 
     def _thinned(self, caption: str, random: torch.Generator) -> str:
-        first, *rest = caption.split(", ")
+        first, *rest = caption_parts(caption)
         luck = torch.rand(len(rest), generator=random)
         kept = [
-            tag
-            for tag, chance in zip(rest, luck, strict=True)
-            if chance >= self.tag_dropout or any(find_name(tag, name) for name in self.names)
+            part
+            for part, chance in zip(rest, luck, strict=True)
+            if chance >= self.tag_dropout or not self._may_go(part)
         ]
-        return ", ".join([first, *kept])
+        return "".join([first, *kept])
+
+    def _may_go(self, part: str) -> bool:
+        return not any(find_name(part, name) for name in self.names)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether any caption has a part that may be left out."""
+        return any(self._may_go(part) for text in self.captions for part in caption_parts(text)[1:])
 
 
 class _Pixels(Dataset):

@@ -18,6 +18,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, targets
 from bunny_lora.model.components import Components
 from bunny_lora.model.formats import LoRA
+from bunny_lora.prepare import reading
 from bunny_lora.training import checkpoint, class_images, fingerprint, memory, optim
 from bunny_lora.training.checkpoint import TrainingState
 from bunny_lora.training.distributed import Processes
@@ -79,7 +80,13 @@ def set_up(
             targets.check_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
-        images = _encode(parts, config, config.data_path, config.data_path.parent, "training")
+        samples = dataset.read_samples(config.data_path, **reading(config))
+        images = _encode(parts, config, samples, config.data_path.parent, "training")
+        if config.training.caption_tag_dropout and not images.has_parts:
+            print(
+                "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
+                " that may be left out."
+            )
         class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
 
     models = _attach(parts, config)
@@ -145,14 +152,12 @@ def _trained_parts(config: Config) -> tuple[str, ...]:
 
 
 def _encode(
-    parts: Components, config: Config, source: Path | list[Sample], place: Path, stream: str
+    parts: Components, config: Config, samples: list[Sample], place: Path, stream: str
 ) -> EncodedImages:
-    is_training = stream == "training"
     images = dataset.ImageDataset(
-        source,
+        samples,
         resolution=config.resolution,
         center_crop=config.center_crop,
-        instance_prompt=config.instance_prompt,
         tokenizer=parts.tokenizer,
     )
     return encode_dataset(
@@ -161,8 +166,8 @@ def _encode(
         place / "latents",
         random_flip=config.random_flip,
         zoom_on_faces=config.zoom_on_faces,
-        tag_dropout=config.training.caption_tag_dropout if is_training else 0.0,
-        repeats=images.repeats() if config.balance_characters and is_training else None,
+        tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+        repeats=images.repeats(balance=config.balance_characters),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
         stream=stream,
