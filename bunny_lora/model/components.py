@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, kinds, random_models
+from bunny_lora.model import hub, kinds, random_models, variants
 from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
@@ -131,10 +131,15 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         BunnyLoraError: there is no such model here, and none could be had from the hub.
     """
+    variant = variants.variants(Path(resolve_base_model(base_model)))
+    variants.tell(base_model, variant)
     models = {
-        "text_encoder": _load(CLIPTextModel, base_model, "text_encoder", dtype=dtype),
-        "vae": _load(AutoencoderKL, base_model, "vae", torch_dtype=dtype),
-        "unet": _load(UNet2DConditionModel, base_model, "unet", torch_dtype=dtype),
+        part: _load(model, base_model, part, variant=variant[part], **{dtype_key: dtype})
+        for part, model, dtype_key in (
+            ("text_encoder", CLIPTextModel, "dtype"),
+            ("vae", AutoencoderKL, "torch_dtype"),
+            ("unet", UNet2DConditionModel, "torch_dtype"),
+        )
     }
     for model in models.values():
         model.requires_grad_(False).eval().to(device)
