@@ -14,9 +14,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
+from test_scores import make_result
 
 from bunny_lora import cli, export, inference
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export import model_card, names, writers
 from bunny_lora.model import adapters, components, formats, random_models
@@ -48,10 +49,7 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = inference.load_lora_pipeline(lora_weights_dir=folder)
     image = inference.generate_image(pipe, "ellie", **FAST)
     inference.save_image(image, folder / "evaluation" / "images" / "final" / "ellie-0-1.png")
-    all_scores = {"fidelity": {"mean": 0.25, "low": None, "high": None, "n": 1}}
-    scores = {"settings": {"features": "palette"}, "warning": None}
-    scores |= {"models": {name: {"all": all_scores} for name in ("base", "final")}}
-    files.write_json(folder / "evaluation" / "eval.json", scores)
+    eval_result.write(folder, make_result(["ellie"]))
     return folder
 
 
@@ -114,7 +112,7 @@ def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None
     told = yaml.safe_load(front)
     assert "base_model" not in told, "the hub takes only names of its own there"
     assert told["instance_prompt"] == "ellie" and f"for {model_card._plain(tiny_model)}," in body
-    assert "| ellie | 6 |" in body and "| fidelity | 0.250 | 0.250 |" in body
+    assert "| ellie | 6 |" in body and "| fidelity | 0.500 | 0.750 |" in body
     assert "for 4 steps on 6 images" in body
 
 

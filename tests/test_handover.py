@@ -131,8 +131,8 @@ def test_the_file_alone_is_enough_for_diffusers_and_peft(run_dir: Path) -> None:
 def test_evaluation_adds_scores_that_stay_with_their_weights(run_dir: Path, config: Config) -> None:
     result = evaluate(run_dir)
     scores = read_handover(run_dir).scores
-    assert scores["features"] == "palette"
-    assert scores["final"]["fidelity"] == result["models"]["final"]["all"]["fidelity"]["mean"]
+    assert scores == result.means() and scores.features == "palette"
+    assert scores.final.fidelity == result.models["final"].all.fidelity.mean
     LoRATrainer(config=config).train()
     assert read_handover(run_dir).scores == scores
     longer = config.model_copy(
@@ -163,8 +163,8 @@ def test_other_weights_than_handed_over_are_refused(run_dir: Path, tmp_path: Pat
         (lambda text: "{", "damaged; run"),
         (lambda text: "[]", "damaged; run"),
         (
-            lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
-            "has schema_version 2",
+            lambda text: text.replace('"schema_version": 2', '"schema_version": 3'),
+            "has schema_version 3",
         ),
         (lambda text: text.replace('"step": 2', '"step": "soon"'), "damaged: step"),
         (lambda text: text.replace('"trigger_words"', '"words"'), "damaged: trigger_words"),
@@ -175,6 +175,16 @@ def test_a_damaged_file_is_explained(run_dir: Path, change: object, reason: str)
     path.write_text(change(path.read_text()))
     with pytest.raises(BunnyLoraError, match=reason):
         read_handover(run_dir)
+
+
+def test_version_1_is_read_which_had_another_name_for_a_score(run_dir: Path) -> None:
+    path = run_dir / "handover.json"
+    measures = {"fidelity": 0.5, "consistency": None, "separation": 1.0, "max_copy": 0.25}
+    scores = {"features": "palette", "warning": None, "base": measures, "final": measures}
+    files.write_json(path, files.read_json(path) | {"schema_version": 1, "scores": scores})
+    handed_on = read_handover(run_dir).scores
+    assert handed_on is not None
+    assert (handed_on.final.consistency, handed_on.final.memorisation) == (None, 0.25)
 
 
 def test_keys_of_later_versions_are_ignored_and_no_run_is_explained(

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import draw_frames, tiny_config
 from safetensors.torch import load_file, save_file
+from test_scores import make_result
 
 from bunny_lora import report
-from bunny_lora.core import files, interrupts
+from bunny_lora.core import eval_result, interrupts
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import checkpoint, supervision
@@ -182,11 +183,23 @@ def test_what_a_kill_after_the_last_save_left_behind_is_cleared_by_the_next_star
 
 def test_a_checkpoint_that_the_evaluation_speaks_of_stays(tiny_model: str, data: Path) -> None:
     trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
-    judged = {"models": {"base": {}, "checkpoint-3": {}, "final": {}}}
-    report_file = trainer.run_dir / "evaluation" / "eval.json"
-    at_step(trainer, 4, lambda: files.write_json(report_file, judged))
+    result = make_result(["rex"])
+    result.models["checkpoint-3"] = result.models.pop("checkpoint-5")
+    at_step(trainer, 4, lambda: eval_result.write(trainer.run_dir, result))
     trainer.train()
     assert names(trainer) == {"checkpoint-3", "checkpoint-6"}
+
+
+def test_no_checkpoint_is_removed_while_the_evaluation_cannot_be_understood(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
+    result = make_result(["rex"])
+    result.schema_version += 1
+    at_step(trainer, 4, lambda: eval_result.write(trainer.run_dir, result))
+    trainer.train()
+    assert names(trainer) == {f"checkpoint-{step}" for step in (2, 3, 4, 5, 6)}
+    assert "All checkpoints stay" in (said := capsys.readouterr().out) and "schema_version 3" in said
 
 
 def test_other_base_weights_under_the_same_name_are_refused(

@@ -10,7 +10,7 @@ from conftest import draw_frames, tiny_config
 
 from bunny_lora import cli, prepare, sweep
 from bunny_lora.config import merge
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 
@@ -41,8 +41,8 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert {row["lora.rank"] for row in rows} == {"1", "2"}
     assert float(rows[0]["fidelity"]) >= float(rows[1]["fidelity"])
     for row in rows:
-        result = files.read_json(project / row["run"] / "evaluation" / "eval.json")
-        assert float(row["fidelity"]) == result["models"]["final"]["all"]["fidelity"]["mean"]
+        result = eval_result.read(project / row["run"])
+        assert float(row["fidelity"]) == result.models["final"].all.fidelity.mean
         config = files.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
         assert str(config["r"]) == row["lora.rank"]
     before = {path: path.stat().st_mtime_ns for path in project.glob("sweeps/a/*/final/*/*")}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
 from bunny_lora import inference
-from bunny_lora.evaluation.features import load_features
+from bunny_lora.evaluation.features import load_feature_extractor
 from bunny_lora.model import components
 from bunny_lora.model.components import WORLD_WEIGHTS
 from bunny_lora.world.attributes import HEROES
@@ -65,12 +65,12 @@ def test_the_base_model_draws_what_it_is_asked_for() -> None:
 
 def test_evaluation_finds_the_judge_by_its_name() -> None:
     images, pictures = hero_views(8, 128, 10)
-    look = load_features("bunny-world")
-    vectors = look([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images])
+    extractor = load_feature_extractor("bunny-world")
+    vectors = extractor([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images])
     names = [picture.characters[0].name for picture in pictures]
-    likeness = vectors @ vectors.T
-    likeness.fill_diagonal_(-1)
-    nearest = [names[int(i)] for i in likeness.argmax(1)]
+    similarity = vectors @ vectors.T
+    similarity.fill_diagonal_(-1)
+    nearest = [names[int(i)] for i in similarity.argmax(1)]
     assert sum(a == b for a, b in zip(names, nearest, strict=True)) >= 36
     assert set(names) == set(HEROES)
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from bunny_lora import inference
 from bunny_lora.config import Config, load_config
+from bunny_lora.core import eval_result
+from bunny_lora.core.eval_result import MEASURES, EvalResult
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
@@ -43,7 +45,7 @@ class About:
     n_images: int | None
     rank: int
     alpha: float
-    scores: dict[str, Any] | None
+    scores: EvalResult | None
     thumbnail: bytes | None
 
     @classmethod
@@ -63,7 +65,7 @@ class About:
             n_images=len(samples) or None,
             rank=first.rank,
             alpha=first.alpha,
-            scores=_scores(run) if run else None,
+            scores=eval_result.find(run) if run else None,
             thumbnail=_thumbnail(run) if run else None,
         )
 
@@ -140,11 +142,6 @@ def _samples(config: Config | None) -> list[Sample]:
         return []  # the training data did not come along
 
 
-def _scores(run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "evaluation" / "eval.json"
-    return read_json(path) if path.is_file() else None
-
-
 def _thumbnail(run_dir: Path) -> bytes | None:
     """Return a small JPEG of the first picture that the evaluation, or training, drew with the LoRA."""
     drawn = sorted((run_dir / "evaluation" / "images" / "final").glob("*.png"))
@@ -194,11 +191,12 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", " ".join(text.split()))
 
 
-def _score_table(scores: dict[str, Any]) -> str:
-    text = f"Judged with the features `{scores['settings']['features']}`, mean over all pictures:\n\n"
+def _score_table(result: EvalResult) -> str:
+    scores = result.means()
+    text = f"Judged with the features `{scores.features}`, mean over all pictures:\n\n"
     text += "| | base model | with the LoRA |\n|---|---|---|\n"
-    before, after = (scores["models"][name]["all"] for name in ("base", "final"))
-    for name in after:
-        values = [f"{side[name]['mean']:.3f}" if side.get(name) else "" for side in (before, after)]
-        text += f"| {name} | {values[0]} | {values[1]} |\n"
-    return text + (f"\n{scores['warning']}\n" if scores.get("warning") else "")
+    for name in MEASURES:
+        values = [getattr(side, name) for side in (scores.base, scores.final)]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        text += f"| {name} | {cells[0]} | {cells[1]} |\n"
+    return text + (f"\n{scores.warning}\n" if scores.warning else "")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths
+from bunny_lora.core.eval_result import MeanScores
 from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample, read_samples
@@ -23,7 +24,7 @@ from bunny_lora.model import adapters, components
 from bunny_lora.training import checkpoint
 
 HANDOVER = "handover.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2  # 1 called `memorisation` of the scores `max_copy`
 
 
 class _Part(BaseModel):
@@ -59,7 +60,7 @@ class Recommended(_Part):
 class Handover(_Part):
     """A run, ready to be drawn with. Paths start at the folder of the file."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     base_model: str
     base_revision: str | None = None
     weights: str
@@ -70,10 +71,10 @@ class Handover(_Part):
     trigger_words: list[TriggerWord]
     token_budget: TokenBudget
     recommended: Recommended
-    scores: dict[str, Any] | None = None
+    scores: MeanScores | None = None
 
 
-def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None = None) -> Path:
+def write_handover(run_dir: Path, config: Config, scores: MeanScores | None = None) -> Path:
     """Write `handover.json` about `run_dir/final`; scores that are known of the same weights stay.
 
     Args:
@@ -137,10 +138,10 @@ def read_handover(run_dir: str | Path) -> Handover:
         version = told["schema_version"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise BunnyLoraError(f"{path} is damaged; run `bunny-lora train` again to write it.") from None
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise BunnyLoraError(
-            f"{path} has schema_version {version}, and this bunny_lora reads {SCHEMA_VERSION}: use the"
-            " version that wrote it, or train with this one."
+            f"{path} has schema_version {version}, and this bunny_lora reads up to {SCHEMA_VERSION}:"
+            " use the version that wrote it, or train with this one."
         )
     try:
         return Handover.model_validate(told)
