@@ -24,7 +24,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from bunny_lora import prepare
-from bunny_lora.config import Config, Section, load_config, set_key
+from bunny_lora.config import Config, load_config, set_key
+from bunny_lora.core.sections import Section
 from bunny_lora.core import eval_result, files, paths
 from bunny_lora.core.eval_result import MEASURES
 from bunny_lora.core.values import OwnFolder

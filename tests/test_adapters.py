@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
-from bunny_lora.config import LoRASection
+from bunny_lora.core.sections import LoRASection
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, formats, targets
 

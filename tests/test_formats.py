@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from bunny_lora.config import LoRASection
+from bunny_lora.core.sections import LoRASection
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, formats, random_models
 from bunny_lora.model.formats import LoRA, Module

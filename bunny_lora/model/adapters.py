@@ -20,8 +20,8 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from bunny_lora.config import LoRASection
 from bunny_lora.core import files
+from bunny_lora.core.sections import LoRASection
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError

@@ -10,7 +10,8 @@ from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora.config import Config, TrainingSection
+from bunny_lora.config import Config
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.errors import BunnyLoraError
 
 USER_OF = {

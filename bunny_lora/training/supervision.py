@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bunny_lora.config import TrainingSection
 from bunny_lora.core import paths
 from bunny_lora.core.interrupts import StoppedError, StopRequest
 from bunny_lora.core.progress import progress
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.errors import BunnyLoraError, LostProcessError
 from bunny_lora.training import checkpoint
 from bunny_lora.training.checkpoint import TrainingState

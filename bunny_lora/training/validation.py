@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from bunny_lora.config import Config, TrainingSection
+from bunny_lora.config import Config
 from bunny_lora.core.image_file import ImageSettings, image_settings, is_current
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import components
 
