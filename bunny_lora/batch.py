@@ -18,7 +18,7 @@ from bunny_lora.evaluation import protocol
 from bunny_lora.model import adapters, components
 from bunny_lora.report.grids import picture_grid
 from bunny_lora.report.plot import save_figure
-from bunny_lora.training.distributed import Processes
+from bunny_lora.training.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -66,7 +66,7 @@ def draw_batch(
     out_dir: Path,
     made_by: Mapping[str, Any],
     *,
-    group: Processes = Processes(),  # noqa: B008
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
     **settings: Any,
 ) -> list[Path]:
     """Draw every prompt with every seed into `out_dir/<prompt>-<seed>.png` and return the files.
@@ -94,19 +94,19 @@ def draw_batch(
     }
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     made_by = dict(made_by) | {"dtype": dtype, "device": pipe.device.type}
-    missing = group.told_by_main(
+    missing = group.broadcast_from_main(
         lambda: [path for path, wanted in images.items() if not is_current(path, wanted, made_by)]
     )
 
     def draw_one(path: Path) -> Image.Image:
-        return add_metadata(components.draw_image(pipe, images[path]), made_by)
+        return add_metadata(components.generate(pipe, images[path]), made_by)
 
     drawn = group.share(missing, draw_one)
     for path, image in progress(drawn, desc="draw", total=len(missing), unit="image"):
         if group.is_main:
             save_image(image, path)
     paths = list(images)
-    group.told_by_main(lambda: _contact_sheets(out_dir, prompts, seeds, paths))
+    group.broadcast_from_main(lambda: _contact_sheets(out_dir, prompts, seeds, paths))
     return paths
 
 

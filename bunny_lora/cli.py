@@ -237,7 +237,7 @@ def _generate(options: argparse.Namespace) -> None:
     print(_recommendation(pipe, settings), end="")
     if options.prompts:
         made_by = batch.weights_identity(options.base_model, weights)
-        with distributed.together(pipe.device) as group:
+        with distributed.process_group(pipe.device) as group:
             paths = batch.draw_batch(
                 pipe, prompts, seeds, options.out, made_by, group=group, **settings
             )

@@ -92,7 +92,7 @@ class Config(Section):
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _user_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("base_model")
     @classmethod
@@ -139,7 +139,7 @@ class Config(Section):
 
     def is_set(self, key: str) -> bool:
         """Whether the user set a key at the top, be it to its default."""
-        return key in self._given
+        return key in self._user_settings
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """Return the resolved configuration as a file that `load_config` reads back to the same.
@@ -152,16 +152,16 @@ class Config(Section):
             return text
         return add_comments(text, schema.comments(Config, SECTION))
 
-    def given_yaml(self) -> str:
+    def user_yaml(self) -> str:
         """Return only what the user set, in the file and beside it, as such a file."""
-        return _as_file(_only(self._given, self.model_dump(mode="json")))
+        return _as_file(_only(self._user_settings, self.model_dump(mode="json")))
 
 
-def _only(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _only(user_settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given keys with their validated values: no raw path, nothing that YAML cannot hold."""
     return {
         key: _only(value, values[key]) if isinstance(value, Mapping) else values[key]
-        for key, value in given.items()
+        for key, value in user_settings.items()
     }
 
 
@@ -211,7 +211,7 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
         lines = [f"  - {explain(item, list(fields))}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
-    config._given = section
+    config._user_settings = section
     return config
 
 

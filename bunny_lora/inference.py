@@ -49,7 +49,7 @@ def load_lora_pipeline(
     """Return a pipeline that draws with a trained LoRA, with several, or with the base model alone.
 
     Args:
-        base_model: folder, hub repository or stand-in; None reads it from the run that the weights
+        base_model: folder, hub repository or random model; None reads it from the run that the weights
             belong to.
         lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (its `final`), or a
             `.safetensors` file of diffusers or kohya; several as `{path: weight}`; None loads no LoRA.
@@ -86,14 +86,16 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
     Raises:
         BunnyLoraError: no run there, or its weights are not those that it was handed over with.
     """
-    told = read_handover(run_dir)
-    weights_dir = paths.resolve(run_dir) / told.weights
-    if adapters.adapter_digest(weights_dir) != told.weights_sha256:
+    handover = read_handover(run_dir)
+    weights_dir = paths.resolve(run_dir) / handover.weights
+    if adapters.adapter_digest(weights_dir) != handover.weights_sha256:
         raise BunnyLoraError(
             f"The weights in {weights_dir} are not those that {HANDOVER} was written for; run"
             " `bunny-lora train` again to write it anew."
         )
-    return load_lora_pipeline(with_revision(told.base_model, told.base_revision), weights_dir, device)
+    return load_lora_pipeline(
+        with_revision(handover.base_model, handover.base_revision), weights_dir, device
+    )
 
 
 def run_folder(weights: Path | None) -> Path | None:
@@ -208,7 +210,7 @@ def generate_image(
     settings = image_settings(
         **default_settings(pipe) | overrides, prompt=prompt, seed=seed, negative_prompt=negative_prompt
     )
-    return components.draw_image(pipe, settings)
+    return components.generate(pipe, settings)
 
 
 def default_settings(pipe: StableDiffusionPipeline) -> dict[str, Any]:

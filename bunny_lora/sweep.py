@@ -25,9 +25,9 @@ from pydantic import Field, ValidationError
 
 from bunny_lora import prepare
 from bunny_lora.config import Config, load_config, set_key
-from bunny_lora.core.sections import Section
 from bunny_lora.core import eval_result, files, paths
 from bunny_lora.core.eval_result import MEASURES
+from bunny_lora.core.sections import Section
 from bunny_lora.core.values import OwnFolder
 from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError

@@ -25,8 +25,8 @@ from bunny_lora.training import (
     resume,
     validation,
 )
-from bunny_lora.training.distributed import Processes, together
-from bunny_lora.training.fingerprint import Identity
+from bunny_lora.training.distributed import ProcessGroup, process_group
+from bunny_lora.training.fingerprint import Fingerprint
 from bunny_lora.training.loop import StepRecord, training_loop
 from bunny_lora.training.resume import Start
 from bunny_lora.training.setup import set_up
@@ -60,7 +60,7 @@ class LoRATrainer:
         self.config = config
         self.run_dir = self.config.run_dir
         self.data_dir = self.config.data_path
-        self.group = Processes()
+        self.group = ProcessGroup()
 
     def train(self) -> Path:
         """Do everything that is left to do of this run and return its `final/` folder.
@@ -85,17 +85,17 @@ class LoRATrainer:
         device = devices.resolve_device(self.config.device)
         # A random model is built here: of many processes, transformers lets only the first save one.
         components.resolve_base_model(self.config.base_model)
-        with interrupts.watch(), together(device) as self.group, contextlib.ExitStack() as held:
+        with interrupts.watch(), process_group(device) as self.group, contextlib.ExitStack() as held:
             self._refuse_idle_processes()
-            with interrupts.stoppable(), self.group.in_turn():
+            with interrupts.stoppable(), self.group.main_process_first():
                 self.prepare_data()
-            self.group.told_by_main(lambda: self._take_folder(held))
+            self.group.broadcast_from_main(lambda: self._take_folder(held))
             yield from self._train_what_is_left(self.run_dir / "final")
 
-    def draw(self, prompt: str, *, seed: int = 42) -> Image.Image:
+    def generate_image(self, prompt: str, *, seed: int = 42) -> Image.Image:
         """Draw between two steps, with the weights as they are, as the run's samples are drawn."""
         self.setup.set_training_mode(False)
-        image = validation.draw(self.setup.pipe, self.config, ValidationImage(Path(), prompt, seed))
+        image = validation.generate(self.setup.pipe, self.config, ValidationImage(Path(), prompt, seed))
         self.setup.set_training_mode(True)
         return image
 
@@ -112,16 +112,16 @@ class LoRATrainer:
 
     def _take_folder(self, held: contextlib.ExitStack) -> None:
         if self.config.resume == "never":
-            with lock.hold(self.run_dir):
-                resume.begin_anew(self.run_dir)
-        held.enter_context(lock.hold(self.run_dir))
+            with lock.acquire(self.run_dir):
+                resume.archive_old_run(self.run_dir)
+        held.enter_context(lock.acquire(self.run_dir))
 
     def _train_what_is_left(self, final: Path) -> Iterator[StepRecord]:
         with interrupts.stoppable():
             commit = components.base_commit(self.config.base_model)
             data = dataset.data_sha256(self.data_dir, **reading(self.config))
-            about = Identity.of(self.config, data, self.group.count, commit)
-            start, complete = self.group.told_by_main(lambda: self._open(about, final))
+            about = Fingerprint.of(self.config, data, self.group.count, commit)
+            start, complete = self.group.broadcast_from_main(lambda: self._open(about, final))
             if not complete:
                 self.load(start)
                 self._refuse_different_processes(about)
@@ -129,18 +129,18 @@ class LoRATrainer:
             print(f"This run is complete: {paths.relative(final)}. Raise max_train_steps to go on.")
         else:
             yield from self._train_to_the_end(about.as_dict())
-        self.group.told_by_main(lambda: self._finish(final, trained=not complete))
+        self.group.broadcast_from_main(lambda: self._finish(final, trained=not complete))
 
-    def _open(self, about: Identity, final: Path) -> tuple[Start, bool]:
+    def _open(self, about: Fingerprint, final: Path) -> tuple[Start, bool]:
         start = resume.open_run(self.run_dir, self.config, about)
         complete = self._is_complete(start, final)
         if not complete:
             resume.announce(self.run_dir, start)
         return start, complete
 
-    def _refuse_different_processes(self, about: Identity) -> None:
+    def _refuse_different_processes(self, about: Fingerprint) -> None:
         """Every process must do the same on the same data."""
-        known = self.group.gathered(
+        known = self.group.all_gather(
             (
                 self.config.to_yaml(),
                 about.data_sha256,
@@ -197,12 +197,12 @@ class LoRATrainer:
         setup, state = self.setup, self.setup.state
         last_step, n_steps = state.step, self.config.training.max_train_steps
         with interrupts.stoppable():
-            missing = self.group.told_by_main(lambda: self._missing_samples(last_step))
-            self._draw_samples(missing)
+            missing = self.group.broadcast_from_main(lambda: self._missing_samples(last_step))
+            self._generate_samples(missing)
             setup.set_training_mode(True)
             memory.check(setup)
             trial = banner.time_trial(setup.learner, state.optimizer)
-        print(banner.describe(setup, trial, n_steps - last_step))
+        print(banner.run_summary(setup, trial, n_steps - last_step))
 
         known = {"base_sha256": setup.base_sha256, "class_sha256": setup.class_sha256}
         about = about | known | {"history": list(setup.history)}
@@ -211,7 +211,7 @@ class LoRATrainer:
             self.config.training,
             state,
             about,
-            self._draw_samples,
+            self._generate_samples,
             writes=self.group.is_main,
         )
         steps = training_loop(
@@ -219,17 +219,17 @@ class LoRATrainer:
         )
         yield from supervisor.follow(steps)
 
-    def _draw_samples(self, wanted: list[ValidationImage]) -> None:
+    def _generate_samples(self, wanted: list[ValidationImage]) -> None:
         """Draw with the weights as they are; a stop leaves out the rest."""
         self.setup.set_training_mode(False)
-        for sample, image in self.group.share(wanted, self._draw):
+        for sample, image in self.group.share(wanted, self._generate):
             if self.group.is_main:
                 save_image(image, sample.path)
         self.setup.set_training_mode(True)
 
-    def _draw(self, sample: ValidationImage) -> Image.Image:
+    def _generate(self, sample: ValidationImage) -> Image.Image:
         with interrupts.stoppable():
-            return validation.draw(self.setup.pipe, self.config, sample)
+            return validation.generate(self.setup.pipe, self.config, sample)
 
 
 def _say(lines: list[str]) -> None:

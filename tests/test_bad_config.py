@@ -189,7 +189,7 @@ def test_any_section_is_refused_in_words_or_reads_back_to_the_same(tmp_path, val
     except BunnyLoraError as error:
         assert "`finetuning:`" in str(error)
         return
-    for text in (config.to_yaml(comments=True), config.given_yaml()):
+    for text in (config.to_yaml(comments=True), config.user_yaml()):
         (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
         assert load_config(tmp_path / "again.yaml").model_dump() == config.model_dump()
 
@@ -241,7 +241,7 @@ def test_paths_are_recorded_without_the_users_name_and_found_again(project, monk
     assert config.base_model == "~/models/sd"
     assert (config.output_dir, config.data_dir) == ("outputs/mine", "training_data/mine")
     assert config.source == "~/films/one"
-    for text in (config.to_yaml(), config.given_yaml()):
+    for text in (config.to_yaml(), config.user_yaml()):
         assert "somebody" not in text and str(project) not in text
     assert Path(config.base_model).expanduser() == Path(given_paths["base_model"])
     assert validate({"base_model": "/mnt/models/sd"}).base_model == "/mnt/models/sd"

@@ -50,7 +50,7 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
     settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 48}
     settings |= {"negative_prompt": "blurry"}
     pipe = components.pipeline_from(parts, tiny_model)
-    ours = components.draw_image(
+    ours = components.generate(
         pipe, image_settings(prompt="rex", seed=5, sampler="PNDMScheduler", **settings)
     )
     plain = StableDiffusionPipeline.from_pretrained(tiny_model)

@@ -180,7 +180,7 @@ def test_a_section_with_every_key_commented_out_means_the_defaults_and_changes_n
     text = "finetuning:\n  lora:\n    # rank: 4\n  resolution: 256\n"
     config = load_text(tmp_path, text)
     assert config.model_dump() == Config(resolution=256).model_dump()
-    assert yaml.safe_load(config.given_yaml()) == {"finetuning": {"resolution": 256}}
+    assert yaml.safe_load(config.user_yaml()) == {"finetuning": {"resolution": 256}}
     assert jsonschema.Draft202012Validator(json_schema()).is_valid(yaml.safe_load(text))
     assert merge({"lora": {"rank": 4}}, {"lora": None}) == {"lora": {"rank": 4}}
     assert merge({"training": {"snr_gamma": 5}}, {"training": {"snr_gamma": None}}) == {

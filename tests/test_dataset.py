@@ -377,8 +377,8 @@ def test_a_line_taken_out_by_hand_is_no_sample_and_a_foreign_picture_is_a_plain_
     prepare(make_source(root), data_dir)
     make_frame(data_dir / "mine.png")
     (data_dir / "metadata.jsonl").write_text('{"file_name": "mine.png"}\n')
-    mine = Sample("mine", data_dir / "mine.png", "(no caption)", prompted=True)
-    assert read_samples(data_dir) == [mine]
+    local_shard = Sample("mine", data_dir / "mine.png", "(no caption)", prompted=True)
+    assert read_samples(data_dir) == [local_shard]
 
 
 def test_a_tokenizer_moves_names_to_where_cutting_cannot_lose_them(root, data_dir, tokenizer):

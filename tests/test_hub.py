@@ -17,7 +17,7 @@ from bunny_lora.config import Config
 from bunny_lora.core.values import split_revision
 from bunny_lora.model import random_models
 from bunny_lora.training import fingerprint
-from bunny_lora.training.fingerprint import Identity, mathematical_differences
+from bunny_lora.training.fingerprint import Fingerprint, mathematical_differences
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -216,7 +216,7 @@ def test_a_name_may_carry_a_revision() -> None:
 
 
 def test_another_commit_of_the_base_model_is_another_run_and_older_runs_go_on() -> None:
-    older, first, second = (Identity({}, "", {}, commit) for commit in (None, "a", "b"))
+    older, first, second = (Fingerprint({}, "", {}, commit) for commit in (None, "a", "b"))
     assert not mathematical_differences(older, first) + mathematical_differences(first, first)
     assert "base model's commit: a before, b now" in mathematical_differences(first, second)[0]
     pinned = fingerprint.settings_of(Config(base_model="owner/name@v1"))

@@ -115,7 +115,7 @@ def test_pictures_that_do_not_fit_are_refused_before_the_first_is_encoded(
 def test_a_picture_needs_four_times_as_much_at_twice_the_side(tiny_model: str) -> None:
     parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
     fixed = memory.REPACKED * sum(4 * p.numel() for p in parts.vae.parameters())
-    small, large = (memory.picture_bytes(parts, side) - fixed for side in (256, 512))
+    small, large = (memory.image_bytes(parts, side) - fixed for side in (256, 512))
     assert large == pytest.approx(4 * small, rel=0.2)
 
 

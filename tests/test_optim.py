@@ -11,7 +11,7 @@ from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import fingerprint, optim
-from bunny_lora.training.fingerprint import Identity
+from bunny_lora.training.fingerprint import Fingerprint
 
 N_STEPS = 12
 
@@ -89,8 +89,8 @@ def test_a_run_that_was_begun_with_such_a_setting_goes_on_and_says_so(
 
 
 def test_a_key_that_the_schedule_does_not_use_makes_no_other_run() -> None:
-    def identity(**training: object) -> Identity:
-        return Identity.of(load_config(None, {"training": training}), "data")
+    def identity(**training: object) -> Fingerprint:
+        return Fingerprint.of(load_config(None, {"training": training}), "data")
 
     differences = fingerprint.mathematical_differences
     assert not differences(identity(lr_warmup_steps=5), identity())

@@ -24,7 +24,7 @@ from bunny_lora.evaluation import evaluate
 from bunny_lora.inference import load_lora_pipeline
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import checkpoint, log
-from bunny_lora.training.distributed import Processes
+from bunny_lora.training.distributed import ProcessGroup
 
 TRAINING = {
     "max_train_steps": 4,
@@ -237,9 +237,9 @@ THREADS_AT_THE_END = """
 import atexit, os
 atexit.register(lambda: print(len(os.listdir("/proc/self/task"))))  # the first one comes last
 import torch
-from bunny_lora.training.distributed import together
+from bunny_lora.training.distributed import process_group
 for _ in range(2):
-    with together(torch.device("cpu")) as group:
+    with process_group(torch.device("cpu")) as group:
         group.wait()
 """
 
@@ -266,7 +266,7 @@ def test_a_lost_process_stops_the_others_with_the_last_step_saved(
     assert code == 2 and "Traceback" not in told
     assert "Another process of this run has ended" in told and "goes on from there" in told
     steps = len(report.read_log(project / "run"))
-    assert checkpoint.damage(project / "run" / f"checkpoint-{steps}") is None
+    assert checkpoint.verify(project / "run" / f"checkpoint-{steps}") is None
     config = config_of(tiny_model, "run", max_train_steps=steps + 1, validation_prompt=[])
     LoRATrainer(config=config).train()
     assert len(report.read_log(project / "run")) == steps + 1
@@ -291,16 +291,16 @@ def test_accelerates_own_launcher_trains_and_stops_in_good_order(
     told = launcher.communicate(timeout=DEADLINE_SEC)[0]
     assert told.count("a request to end (SIGTERM)") == 1, told
     steps = len(report.read_log(project / "run"))
-    assert checkpoint.damage(project / "run" / f"checkpoint-{steps}") is None
+    assert checkpoint.verify(project / "run" / f"checkpoint-{steps}") is None
     assert not (project / "run" / ".lock").exists()
 
 
 def test_shares_are_fair_and_leave_nothing_out() -> None:
     items = list(range(7))
-    shares = [Processes(rank, 3).mine(items) for rank in range(3)]
+    shares = [ProcessGroup(rank, 3).local_shard(items) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
-    assert list(Processes().share(items, str)) == [(i, str(i)) for i in items]
-    assert json.dumps(Processes().gathered({"a": 1})) == '[{"a": 1}]'
+    assert list(ProcessGroup().share(items, str)) == [(i, str(i)) for i in items]
+    assert json.dumps(ProcessGroup().all_gather({"a": 1})) == '[{"a": 1}]'
 
 
 def test_a_rank_without_company_silences_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,5 +202,5 @@ def test_drawing_between_two_steps_changes_nothing_that_is_learned(
         losses.append([])
         for record in trainer.steps():
             losses[-1].append(record.loss)
-            images += [trainer.draw("ellie").tobytes()] if draws else []
+            images += [trainer.generate_image("ellie").tobytes()] if draws else []
     assert losses[0] == losses[1] and len(set(images)) > 1

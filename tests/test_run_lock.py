@@ -12,7 +12,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from bunny_lora.core import lock
-with lock.hold(Path(sys.argv[1])):
+with lock.acquire(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -33,7 +33,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     try:
         with (
             pytest.raises(BunnyLoraError, match=f"written by process {process.pid} on .*one"),
-            lock.hold(tmp_path / "run"),
+            lock.acquire(tmp_path / "run"),
         ):
             pass
         assert json.loads((tmp_path / "run" / ".lock").read_text())["process"] == process.pid
@@ -47,17 +47,17 @@ def test_the_lock_of_a_killed_process_locks_nobody_out(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert (tmp_path / "run" / ".lock").is_file()
-    with lock.hold(tmp_path / "run"):
+    with lock.acquire(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()  # Nothing was written, so nothing stays.
 
 
 def test_two_calls_in_one_process_exclude_each_other(tmp_path: Path) -> None:
-    with lock.hold(tmp_path), pytest.raises(BunnyLoraError), lock.hold(tmp_path):
+    with lock.acquire(tmp_path), pytest.raises(BunnyLoraError), lock.acquire(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    with pytest.raises(BunnyLoraError, match="Nothing was changed"), lock.hold(tmp_path / "taken"):
+    with pytest.raises(BunnyLoraError, match="Nothing was changed"), lock.acquire(tmp_path / "taken"):
         pass

@@ -299,7 +299,7 @@ def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
             count_disk_calls(patch, fail_at)
             save()
         checkpoint.files.recover(trainer.run_dir)
-        assert checkpoint.damage(folder) is None and checkpoint.damage(good) is None
+        assert checkpoint.verify(folder) is None and checkpoint.verify(good) is None
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == saved
         assert not list(trainer.run_dir.rglob(".*"))
 
@@ -335,6 +335,6 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
         trainer.train()
     ballast.unlink(missing_ok=True)
     good = checkpoint.list_checkpoints(Path(run))
-    assert good and all(checkpoint.damage(folder) is None for folder in good.values())
+    assert good and all(checkpoint.verify(folder) is None for folder in good.values())
     assert not list(Path(run).rglob("*.tmp"))
     assert outcome(train(tiny_model, run, save_steps=1, keep_checkpoints=1)) == outcome(whole)

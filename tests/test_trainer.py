@@ -126,14 +126,14 @@ def test_a_step_is_an_optimiser_step_on_batch_times_accumulation(tiny_model: str
     at_once = train(
         tiny_model, output_dir="a", training={"batch_size": 2, "gradient_accumulation_steps": 1}
     )
-    in_turn = train(
+    main_process_first = train(
         tiny_model, output_dir="b", training={"batch_size": 1, "gradient_accumulation_steps": 2}
     )
-    for first, second in zip(log_of(at_once), log_of(in_turn), strict=True):
+    for first, second in zip(log_of(at_once), log_of(main_process_first), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
         assert first["n_images"] == second["n_images"] == 2
     for name, weights in weights_of(at_once).items():
-        torch.testing.assert_close(weights, weights_of(in_turn)[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights, weights_of(main_process_first)[name], rtol=1e-3, atol=1e-5)
 
 
 def test_accumulation_is_the_same_with_prior_preservation(tiny_model: str, data: Path) -> None:
@@ -144,7 +144,7 @@ def test_accumulation_is_the_same_with_prior_preservation(tiny_model: str, data:
         "prior_loss_weight": 0.5,
         "class_data_dir": "class",
     }
-    at_once, in_turn = (
+    at_once, main_process_first = (
         train(
             tiny_model,
             output_dir=f"batch-{size}",
@@ -153,12 +153,12 @@ def test_accumulation_is_the_same_with_prior_preservation(tiny_model: str, data:
         )
         for size in (4, 1)
     )
-    for first, second in zip(log_of(at_once), log_of(in_turn), strict=True):
+    for first, second in zip(log_of(at_once), log_of(main_process_first), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
         assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-3)
     tenth = 0.1 * at_once.config.training.learning_rate  # Adam makes much of gradients next to nothing.
     for name, weights in weights_of(at_once).items():
-        torch.testing.assert_close(weights, weights_of(in_turn)[name], rtol=1e-3, atol=tenth)
+        torch.testing.assert_close(weights, weights_of(main_process_first)[name], rtol=1e-3, atol=tenth)
 
 
 # What the commit that wrote them down gave for `tiny_config` on four of `draw_frames` and the model of

@@ -85,8 +85,8 @@ def explain(item: Any, known_keys: Sequence[str]) -> str:
         message = "is a section, with keys of its own below it"
     if not location:
         return message
-    given = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"
-    return f"{'.'.join(location)}: {message}{given}"
+    got = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"
+    return f"{'.'.join(location)}: {message}{got}"
 
 
 def _nearest(location: list[str], known_keys: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def hold(run_dir: Path) -> Iterator[None]:
+def acquire(run_dir: Path) -> Iterator[None]:
     """Keep every other process, and every other call in this one, from writing into `run_dir`.
 
     The file says who writes; what locks is the system, so the file of a process that was killed locks

@@ -120,11 +120,11 @@ class Record(BaseModel):
 
 def entry_from_record(raw: Any, number: int, min_confidence: float) -> Entry:
     """Return what object `number` of llm_analysis.json says, with the reason if it cannot be used."""
-    given = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
+    fields = {k: v for k, v in raw.items() if v is not None} if isinstance(raw, dict) else raw
     try:
-        record = Record.model_validate(given)
+        record = Record.model_validate(fields)
     except ValidationError as error:
-        return _invalid_entry(given, number, error)
+        return _invalid_entry(fields, number, error)
     caption, reason = "", ""
     try:
         caption = _caption(record, min_confidence)
@@ -142,13 +142,13 @@ def entry_from_record(raw: Any, number: int, min_confidence: float) -> Entry:
     )
 
 
-def _invalid_entry(given: Any, number: int, error: ValidationError) -> Entry:
+def _invalid_entry(fields: Any, number: int, error: ValidationError) -> Entry:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"])) or "entry"
     label: Any = ""
     recorded: Any = ""
-    if isinstance(given, dict):
-        label, recorded = clean(given.get("frame_id")), given.get("frame_path")
+    if isinstance(fields, dict):
+        label, recorded = clean(fields.get("frame_id")), fields.get("frame_path")
     return Entry(
         label if label and isinstance(label, str) else f"entry {number}",
         recorded if isinstance(recorded, str) else "",

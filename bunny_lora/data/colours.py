@@ -64,10 +64,10 @@ def _by_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile or (image.mode == "RGB" and _is_neutral(profile)):
         return image.convert("RGB")
     try:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if given.profile.xcolor_space.strip() != PROFILE_SPACES[image.mode]:
+        icc_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if icc_profile.profile.xcolor_space.strip() != PROFILE_SPACES[image.mode]:
             return image.convert("RGB")
-        return _convert(image, given)
+        return _convert(image, icc_profile)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image.convert("RGB")
 
@@ -90,8 +90,8 @@ def _is_neutral(profile: bytes) -> bool:
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
     try:
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = np.asarray(_convert(Image.fromarray(cube), given), np.int16)
+        icc_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = np.asarray(_convert(Image.fromarray(cube), icc_profile), np.int16)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return False
     return bool(np.abs(converted - cube).max() <= SAME_COLOUR)

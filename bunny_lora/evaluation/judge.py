@@ -61,7 +61,7 @@ class Reference:
         named = sorted(counts, key=lambda name: (-counts[name], name))
         shows = {name: images_of(samples, name) for name in named}
         crops = {
-            name: [crop_of(sample) for sample in thinned(shown)]
+            name: [crop_of(sample) for sample in evenly_spaced(shown)]
             for name, shown in (shows or {SUBJECT: samples}).items()
         }
         return cls(crops, [sample.path for sample in samples])
@@ -88,12 +88,12 @@ def evaluate(
     data_dir = resolve(data_dir or config.data_dir)
     device = devices.resolve_device(config.device)
     extractor = load_feature_extractor(config.evaluation.features, device.type)
-    with distributed.together(device) as group:
+    with distributed.process_group(device) as group:
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir)
         plan = protocol.plan_images(config, list(data.crops), [model.name for model in models])
         protocol.generate_missing(run_dir, models, plan, config, group)
-        return group.told_by_main(
+        return group.broadcast_from_main(
             lambda: _score_and_write(run_dir, config, data, extractor, models[-1].identity, plan)
         )
 
@@ -114,7 +114,7 @@ def _score_and_write(
     neutral = [rows_of(plan, model, neutral=True) for model in ("base", "final")]
     result = EvalResult(
         base_model=identity["base_model"],
-        warning=RANDOM if identity["base_model"] in random_models.STANDINS else None,
+        warning=RANDOM if identity["base_model"] in random_models.RANDOM_MODELS else None,
         run_info=run_info(run_dir, config, identity),
         settings=settings(config, characters),
         models={model: table(found, characters) for model, found in scores.items()},
@@ -145,7 +145,7 @@ def images_of(samples: list[Sample], name: str) -> list[Sample]:
     return [sample for sample in alone if len(sample.faces) < 2] or alone or named
 
 
-def thinned(samples: list[Sample]) -> list[Sample]:
+def evenly_spaced(samples: list[Sample]) -> list[Sample]:
     """Return at most `MAX_CROPS` samples, evenly spaced."""
     return samples[:: -(-len(samples) // MAX_CROPS)] if samples else []
 

@@ -26,7 +26,7 @@ from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import adapters, components, devices
 from bunny_lora.training import validation
-from bunny_lora.training.distributed import Processes
+from bunny_lora.training.distributed import ProcessGroup
 
 SUBJECT = "subject"  # stands for the one character of data that names none
 NEUTRAL = "-"  # stands for nobody
@@ -147,11 +147,11 @@ def base_digest(base_model: str) -> str | None:
 
 
 def generate_missing(
-    run_dir: Path, models: list[Model], plan: list[ImageSpec], config: Config, group: Processes
+    run_dir: Path, models: list[Model], plan: list[ImageSpec], config: Config, group: ProcessGroup
 ) -> None:
     """Draw what is missing or stale, one model in memory at a time; each process its share."""
     evaluation_dir = run_dir / "evaluation"
-    missing = group.told_by_main(lambda: _missing(evaluation_dir, models, plan, config))
+    missing = group.broadcast_from_main(lambda: _missing(evaluation_dir, models, plan, config))
     total = sum(map(len, missing.values()))
     with progress(
         desc="Drawing for the evaluation", total=total, unit="image", disable=not total
@@ -182,7 +182,7 @@ def _missing(
 
 
 def generate_with(
-    model: Model, specs: list[ImageSpec], config: Config, group: Processes
+    model: Model, specs: list[ImageSpec], config: Config, group: ProcessGroup
 ) -> Iterator[tuple[ImageSpec, Image.Image]]:
     """Yield images drawn with one model; each tells in its metadata what made it."""
     identity = model.identity
@@ -191,7 +191,7 @@ def generate_with(
 
     def generate_one(spec: ImageSpec) -> Image.Image:
         started = time.perf_counter()
-        image = components.draw_image(pipe, generation_settings(spec, config))
+        image = components.generate(pipe, generation_settings(spec, config))
         seconds = round(time.perf_counter() - started, 3)
         return add_metadata(image, identity | {"seconds": seconds})
 

@@ -75,7 +75,7 @@ class About:
         Names: sd-scripts, `networks/lora.py` and `train_network.py`, and the modelspec of
         https://github.com/Stability-AI/ModelSpec.
         """
-        told: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "ss_v2": "False",
             "ss_base_model_version": "sd_v1",
             "ss_network_module": "networks.lora",
@@ -92,21 +92,21 @@ class About:
         }
         if self.thumbnail:
             encoded = base64.b64encode(self.thumbnail).decode()
-            told["modelspec.thumbnail"] = f"data:image/jpeg;base64,{encoded}"
+            metadata["modelspec.thumbnail"] = f"data:image/jpeg;base64,{encoded}"
         if experimental:
-            told["modelspec.description"] = (
+            metadata["modelspec.description"] = (
                 "Experimental: trained on BK-SDM-Tiny, blocks renamed to those of Stable Diffusion 1.x."
             )
         if self.characters:
-            told["ss_tag_frequency"] = json.dumps({"training": self.characters})
-            told["ss_dataset_dirs"] = json.dumps(
+            metadata["ss_tag_frequency"] = json.dumps({"training": self.characters})
+            metadata["ss_dataset_dirs"] = json.dumps(
                 {"training": {"n_repeats": 1, "img_count": self.n_images}}
             )
         if self.config:
-            told |= _training_metadata(self.config)
+            metadata |= _training_metadata(self.config)
         known = {"ss_num_train_images": self.n_images, "ss_steps": self.step}
-        told |= {name: value for name, value in known.items() if value is not None}
-        return {name: str(value) for name, value in told.items()}
+        metadata |= {name: value for name, value in known.items() if value is not None}
+        return {name: str(value) for name, value in metadata.items()}
 
 
 def _training_metadata(config: Config) -> dict[str, Any]:

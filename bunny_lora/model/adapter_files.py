@@ -173,9 +173,9 @@ class AdapterConfig(BaseModel):
         Raises:
             ValueError: another rank is told of it than its weights have.
         """
-        told = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        if told != rank:
-            raise ValueError(f"it says rank {told} of {name}, whose weights have {rank}")
+        recorded = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        if recorded != rank:
+            raise ValueError(f"it says rank {recorded} of {name}, whose weights have {rank}")
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
         return alpha * rank**0.5 if self.use_rslora else alpha
 

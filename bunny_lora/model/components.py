@@ -44,7 +44,7 @@ class Components:
 def resolve_base_model(name: str) -> str:
     """Return the folder of a base model, which a hub's is downloaded to where it is not yet here.
 
-    Stand-ins are built where they are named for the first time.
+    Random models are built where they are named for the first time.
 
     Raises:
         BunnyLoraError: there is no such folder, the hub's model could not be had, or it is no Stable
@@ -61,11 +61,11 @@ def base_commit(name: str) -> str | None:
 
 
 def folder_here(name: str) -> str | None:
-    """Return the folder of a base model that needs no download, built if it is a stand-in."""
+    """Return the folder of a base model that needs no download, built if it is a random model."""
     if name == BUNNY_WORLD:
         return str(WORLD_WEIGHTS / "sd")
-    if name in random_models.STANDINS:
-        return str(random_models.standin_folder(name))
+    if name in random_models.RANDOM_MODELS:
+        return str(random_models.random_model_folder(name))
     for folder in (paths.resolve(name), Path(name).expanduser()):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
@@ -96,7 +96,7 @@ def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
         "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
         " nota-ai/bk-sdm-tiny, 2 GB, fetched once by `bunny-lora download nota-ai/bk-sdm-tiny`), or,"
         f" with no download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
-        f" {' or '.join(random_models.STANDINS)} (random weights: they draw noise)."
+        f" {' or '.join(random_models.RANDOM_MODELS)} (random weights: they draw noise)."
     )
 
 
@@ -208,16 +208,16 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a model or a pipeline as its library does, but for the folder that it was loaded from."""
     model.save_pretrained(folder)
     for path in folder.rglob("*.json"):
-        told = files.read_json(path)
-        if isinstance(told, dict) and "_name_or_path" in told:
+        content = files.read_json(path)
+        if isinstance(content, dict) and "_name_or_path" in content:
             files.write_json(
-                path, {key: value for key, value in told.items() if key != "_name_or_path"}
+                path, {key: value for key, value in content.items() if key != "_name_or_path"}
             )
 
 
 @quiet()
 @torch.no_grad()
-def draw_image(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
     """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.

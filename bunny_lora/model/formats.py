@@ -54,9 +54,9 @@ def write_peft(lora: LoRA, folder: Path, base_model: str) -> None:
         save_file(state, folder / part / WEIGHTS, {"format": "pt"})
         config = peft_config(modules)
         config.base_model_name_or_path, config.revision = split_revision(base_model)
-        told = {"peft_type": "LORA"} | config.to_dict()
-        told |= {"target_modules": sorted(told["target_modules"])}
-        files.write_json(folder / part / CONFIG, told)
+        metadata = {"peft_type": "LORA"} | config.to_dict()
+        metadata |= {"target_modules": sorted(metadata["target_modules"])}
+        files.write_json(folder / part / CONFIG, metadata)
 
 
 def peft_config(modules: Mapping[str, Module]) -> LoraConfig:
@@ -79,7 +79,7 @@ def write_diffusers(lora: LoRA, path: Path, base_model: str | None = None) -> No
     assume that do not look at the metadata.
     """
     state: dict[str, torch.Tensor] = {}
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for part, modules in lora.items():
         folded = {
             n: Module(m.down, m.up * (m.alpha / m.rank), float(m.rank)) for n, m in modules.items()
@@ -89,8 +89,8 @@ def write_diffusers(lora: LoRA, path: Path, base_model: str | None = None) -> No
         peft = peft_config(folded)
         peft.base_model_name_or_path, peft.revision = split_revision(base_model or "")
         config = peft.to_dict() | {"target_modules": sorted(folded)}
-        told |= {f"{part}.{key}": value for key, value in config.items() if _is_plain(value)}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)}
+        metadata |= {f"{part}.{key}": value for key, value in config.items() if _is_plain(value)}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)}
     save_file(state, path, metadata)
 
 

@@ -84,8 +84,8 @@ def _config(folder: Path, part: str) -> Json:
 
 def _json(path: Path) -> Json:
     """Return a configuration; an empty one for a file that is not there, which loading tells of."""
-    told = files.read_json(path) if path.is_file() else {}
-    return told if isinstance(told, dict) else {}
+    content = files.read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _by_parts(folder: Path) -> str | None:
@@ -105,12 +105,12 @@ def _by_parts(folder: Path) -> str | None:
 
 def _by_unet(folder: Path) -> str | None:
     unet = _config(folder, "unet")
-    taken, given = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    n_in, n_out = unet.get("in_channels", 4), unet.get("out_channels", 4)
     if (kind := unet.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
         return f"another model: its UNet is a {kind}"
-    if (taken, given) != (4, 4):
-        called = CHANNELS.get(taken, "another model")
-        return f"{called}: its UNet takes {taken} channels and gives {given}, where plain ones have 4"
+    if (n_in, n_out) != (4, 4):
+        called = CHANNELS.get(n_in, "another model")
+        return f"{called}: its UNet takes {n_in} channels and gives {n_out}, where plain ones have 4"
     for key, called in CONDITIONS.items():
         if unet.get(key) is not None:
             return f"{called} (its UNet has {key}: {unet[key]})"

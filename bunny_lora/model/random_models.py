@@ -21,7 +21,7 @@ from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import bpe
 from bunny_lora.model.quiet import quiet
 
-# Words that the stand-in's tokenizer knows as one token, about as CLIP's would.
+# Words that the random model's tokenizer knows as one token, about as CLIP's would.
 _TEXT = """
 a an the of in on at with and to from his her its by up down over under behind before near ellie
 phil rex victoria buck birdie flutter character cartoon anime animated scene detailed render style
@@ -99,7 +99,7 @@ TINY = Shape(
     },
     text_tokens=77,
 )
-STANDINS: dict[str, Shape] = {"random-tiny": TINY, "random-bk-sdm-tiny": BK_SDM_TINY}
+RANDOM_MODELS: dict[str, Shape] = {"random-tiny": TINY, "random-bk-sdm-tiny": BK_SDM_TINY}
 
 
 def build_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
@@ -126,7 +126,7 @@ def build_pipeline(shape: Shape, seed: int = 0) -> diffusers.StableDiffusionPipe
         }
         built = {}
         for name, build in parts.items():
-            torch.manual_seed(derive_seed(seed, f"stand-in {name}"))
+            torch.manual_seed(derive_seed(seed, f"random model {name}"))
             built[name] = build()
     return diffusers.StableDiffusionPipeline(
         **built,
@@ -164,15 +164,15 @@ def _build_scheduler() -> PNDMScheduler:
     )
 
 
-def standin_folder(name: str) -> Path:
-    """Return the folder of a stand-in, built under `outputs/standins/` the first time.
+def random_model_folder(name: str) -> Path:
+    """Return the folder of a random model, built under `outputs/standins/` the first time.
 
     The large one is stored in float16, as the published weights can be: 1 GB instead of 2.
     """
     folder = paths.project_root() / "outputs" / "standins" / name
     if not (folder / "model_index.json").is_file():
         with files.atomic_path(folder) as part:
-            pipeline = build_pipeline(STANDINS[name])
+            pipeline = build_pipeline(RANDOM_MODELS[name])
             pipeline = pipeline.to(torch.float16) if name != "random-tiny" else pipeline
             with quiet():
                 pipeline.save_pretrained(part)

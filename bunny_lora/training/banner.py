@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from bunny_lora.core import paths
 from bunny_lora.model import adapters, devices
 from bunny_lora.model.devices import peak_memory_gb
-from bunny_lora.model.random_models import STANDINS
+from bunny_lora.model.random_models import RANDOM_MODELS
 from bunny_lora.training import optim
 from bunny_lora.training.objective import Learner
 
@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def describe(setup: Setup, trial: Trial, n_steps: int) -> str:
+def run_summary(setup: Setup, trial: Trial, n_steps: int) -> str:
     """Return the opening banner, one fact a line."""
     config, training, parts = setup.config, setup.config.training, setup.parts
     counts = {part: _count(getattr(parts, part)) for part in adapters.PARTS}
@@ -91,7 +91,7 @@ def describe(setup: Setup, trial: Trial, n_steps: int) -> str:
     precision = str(parts.dtype).removeprefix("torch.")
     lines = {
         "device": f"{parts.device}, {precision}, {torch.get_num_threads()} threads{shared}",
-        "base model": config.base_model + (RANDOM if config.base_model in STANDINS else ""),
+        "base model": config.base_model + (RANDOM if config.base_model in RANDOM_MODELS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
         "learning rate": optim.describe_schedule(training),

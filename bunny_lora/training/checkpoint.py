@@ -67,14 +67,14 @@ def save_checkpoint(
     """
     optimizer = state.optimizer.state_dict()
     values = dict(_flat(optimizer["state"]))
-    moments = {key: v.detach().cpu().contiguous() for key, v in values.items() if torch.is_tensor(v)}
+    tensors = {key: v.detach().cpu().contiguous() for key, v in values.items() if torch.is_tensor(v)}
     position = {
         "step": state.step,
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
         "milestone": milestone,
         "param_groups": optimizer["param_groups"],
-        "optimizer_values": {key: v for key, v in values.items() if key not in moments},
+        "optimizer_values": {key: v for key, v in values.items() if key not in tensors},
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": state.scaler.state_dict(),
     }
@@ -82,7 +82,7 @@ def save_checkpoint(
         part.mkdir()
         for name, model in state.models.items():
             adapters.save_adapter(model, part / name)
-        save_file(moments, part / OPTIMIZER)
+        save_file(tensors, part / OPTIMIZER)
         files.write_json(part / STATE, position | about)
         files.write_text(part / SUMS, _sums(part))
 
@@ -97,9 +97,9 @@ def load_checkpoint(folder: Path, state: TrainingState) -> None:
     try:
         for name, model in state.models.items():
             adapters.load_weights(model, folder / name)
-        moments = load_file(folder / OPTIMIZER) | saved.get("optimizer_values", {})
+        tensors = load_file(folder / OPTIMIZER) | saved.get("optimizer_values", {})
         state.optimizer.load_state_dict(
-            {"state": _by_parameter(moments), "param_groups": saved["param_groups"]}
+            {"state": _by_parameter(tensors), "param_groups": saved["param_groups"]}
         )
         state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
         state.scaler.load_state_dict(saved["scaler"])
@@ -124,15 +124,15 @@ def snapshot(state: TrainingState) -> dict[str, Any]:
     }
 
 
-def restore(state: TrainingState, told: dict[str, Any]) -> None:
+def restore(state: TrainingState, saved: dict[str, Any]) -> None:
     """Put a `snapshot` in place."""
     for part, model in state.models.items():
         for name, parameter in adapters.trainable_parameters(model).items():
-            parameter.data.copy_(told["weights"][part][name])
-    state.optimizer.load_state_dict(told["optimizer"])
-    state.lr_scheduler.load_state_dict(told["lr_scheduler"])
-    state.scaler.load_state_dict(told["scaler"])
-    state.step, state.skipped, state.skipped_in_a_row = told["position"]
+            parameter.data.copy_(saved["weights"][part][name])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.step, state.skipped, state.skipped_in_a_row = saved["position"]
 
 
 def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,7 +168,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None if each is as it was written."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -185,7 +185,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def set_aside(folder: Path, why: str) -> Path:
+def quarantine(folder: Path, why: str) -> Path:
     """Rename a checkpoint to the first free `<why>-<name>`, where nothing looks for it."""
     aside, number = folder.with_name(f"{why}-{folder.name}"), 1
     while aside.exists():

@@ -84,7 +84,7 @@ def plan(pipe: StableDiffusionPipeline, config: Config, base_sha256: str) -> Cla
     prior = config.prior_preservation
     folder = paths.resolve(prior.class_data_dir)
     pictures = _pictures(folder)
-    ours = {path: told for path in pictures if (told := _drawn_by(path)) is not None}
+    ours = {path: metadata for path in pictures if (metadata := _drawn_by(path)) is not None}
     own = _own_samples(folder, [path for path in pictures if path not in ours], config)
     settings = _settings(pipe, config, base_sha256)
     places = ((i, folder / f"class_{i:05d}.png") for i in itertools.count())
@@ -96,7 +96,7 @@ def plan(pipe: StableDiffusionPipeline, config: Config, base_sha256: str) -> Cla
     return ClassImages(own, list(itertools.islice(free, prior.num_class_images - len(own))))
 
 
-def draw(pipe: StableDiffusionPipeline, config: Config, images: ClassImages) -> None:
+def generate_missing(pipe: StableDiffusionPipeline, config: Config, images: ClassImages) -> None:
     """Draw what is missing or stale with the base model; say what is drawn anew, and why."""
     changes = {line: None for image in images.drawn for line in image.changes}
     stale = [image for image in images.drawn if image.changes]
@@ -107,7 +107,7 @@ def draw(pipe: StableDiffusionPipeline, config: Config, images: ClassImages) -> 
     for image in progress(wanted, desc="draw class images", disable=not wanted):
         seed = derive_seed(config.training.seed, "class image", image.settings["number"])
         sample = ValidationImage(image.path, config.prior_preservation.class_prompt, seed)
-        _save(validation.draw(pipe, config, sample), image)
+        _save(validation.generate(pipe, config, sample), image)
 
 
 # ---------------------------------------------------------------------------- the user's own
@@ -200,9 +200,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _save(image: Image.Image, drawn: Drawn) -> None:
-    told = drawn.settings | {"pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
+    metadata = drawn.settings | {"pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
     text = PngInfo()
-    text.add_itxt(TEXT, json.dumps(told, ensure_ascii=False))
+    text.add_itxt(TEXT, json.dumps(metadata, ensure_ascii=False))
     with files.atomic_path(drawn.path) as part:
         image.save(part, format="PNG", pnginfo=text)
 
@@ -214,7 +214,7 @@ def _drawn_by(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             pixels = hashlib.sha256(image.tobytes()).hexdigest()
-            told = json.loads(image.info[TEXT])
-            return told if told["pixels_sha256"] == pixels else None
+            metadata = json.loads(image.info[TEXT])
+            return metadata if metadata["pixels_sha256"] == pixels else None
     except Exception:  # Pillow's decoders raise whatever they trip over.
         return None

@@ -30,14 +30,14 @@ from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
 T = TypeVar("T")
 R = TypeVar("R")
 
-PULSE_SEC = 3.0
+HEARTBEAT_SEC = 3.0
 LOST_AFTER_SEC = 40.0
 _POLL_SEC = 0.002
 _NO_LIMIT = timedelta(days=365)
 
 
-class Processes:
-    """This process among those of its run, see `together`. Alone, everything here is for free."""
+class ProcessGroup:
+    """This process among those of its run, see `process_group`. Alone, everything here is for free."""
 
     def __init__(
         self, rank: int = 0, count: int = 1, local_rank: int = 0, device: torch.device | None = None
@@ -46,7 +46,7 @@ class Processes:
         self.is_main = rank == 0
         self.lost: object = None
 
-    def mine(self, items: Sequence[T]) -> Sequence[T]:
+    def local_shard(self, items: Sequence[T]) -> Sequence[T]:
         """Return this process's share of work that is the same list everywhere."""
         return items[self.rank :: self.count]
 
@@ -56,16 +56,16 @@ class Processes:
         Each does its part of the work, one item after the other; `items` are the same list everywhere.
         """
         for first in range(0, len(items), self.count):
-            lot = items[first : first + self.count]
-            result = work(lot[self.rank]) if self.rank < len(lot) else None
-            yield from zip(lot, cast("list[R]", self.gathered(result)), strict=False)
+            shard = items[first : first + self.count]
+            result = work(shard[self.rank]) if self.rank < len(shard) else None
+            yield from zip(shard, cast("list[R]", self.all_gather(result)), strict=False)
 
     def check(self) -> None:
         """Raise LostProcessError if another process has gone."""
         if self.lost is not None:
             raise LostProcessError(self.lost)
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by the sum over all processes.
 
         Raises:
@@ -81,19 +81,19 @@ class Processes:
                 time.sleep(_POLL_SEC)
             work.wait()
 
-    def add_up_all(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce_many(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace float tensors of one device by their sums over all processes, in one piece."""
         if self.count == 1:
             return
         vector = parameters_to_vector(tensors)
-        self.add_up(vector)
+        self.all_reduce(vector)
         vector_to_parameters(vector, tensors)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have come here."""
-        self.add_up(torch.zeros(1, device=self.device))
+        self.all_reduce(torch.zeros(1, device=self.device))
 
-    def told_by_main(self, work: Callable[[], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
         """Have the main process do something, and return in all of them what it returned.
 
         Raises:
@@ -101,48 +101,48 @@ class Processes:
         """
         if self.count == 1:
             return work()
-        told: list[Any] = [None, False]
+        message: list[Any] = [None, False]
         mistake: BunnyLoraError | None = None
         if self.is_main:
             try:
-                told[0] = work()
+                message[0] = work()
             except BunnyLoraError as error:
-                mistake, told[1] = error, True
-        self.wait()
+                mistake, message[1] = error, True
+        self.barrier()
         with _watched():
-            dist.broadcast_object_list(told, src=0)
+            dist.broadcast_object_list(message, src=0)
         if mistake is not None:
             raise mistake
-        if told[1]:
+        if message[1]:
             raise FollowerError(f"Process {self.rank} has stopped with the main process.")
-        return told[0]
+        return message[0]
 
-    def gathered(self, item: T) -> list[T]:
+    def all_gather(self, item: T) -> list[T]:
         """Return the item of every process, by rank."""
         if self.count == 1:
             return [item]
         items: list[Any] = [None] * self.count
-        self.wait()
+        self.barrier()
         with _watched():
             dist.all_gather_object(items, item)
         return items
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Let the main process go first, then one on each other computer, then the rest.
 
         So what one prepares is found by the others, on a disk that all share or on each computer's own.
         """
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
-            self.wait()
+            self.barrier()
         yield
         for _ in range(turn, 3):
-            self.wait()
+            self.barrier()
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the processes that were launched with this one, for the length of a block.
 
     Every process must enter the block and do the same in it. On CPUs they talk over gloo, on GPUs over
@@ -152,18 +152,20 @@ def together(device: torch.device) -> Iterator[Processes]:
         device: where they compute.
     """
     if ranks.n_processes() == 1:
-        yield Processes()
+        yield ProcessGroup()
         return
     state = PartialState(cpu=device.type == "cpu", timeout=_NO_LIMIT)
-    group = Processes(state.process_index, state.num_processes, state.local_process_index, state.device)
+    group = ProcessGroup(
+        state.process_index, state.num_processes, state.local_process_index, state.device
+    )
     atexit.unregister(dist.destroy_process_group)  # After a failure it might wait for ever.
-    with ranks.quiet_unless_main(), _pulse(group):
+    with ranks.quiet_unless_main(), _heartbeat(group):
         yield group
     atexit.register(dist.destroy_process_group)
 
 
 @contextlib.contextmanager
-def _pulse(group: Processes) -> Iterator[None]:
+def _heartbeat(group: ProcessGroup) -> Iterator[None]:
     """Exchange a sign of life every few seconds, in a thread; end it when all have come to the end."""
     over, failed = threading.Event(), False
     line = dist.new_group(backend="gloo", timeout=timedelta(seconds=LOST_AFTER_SEC))
@@ -178,7 +180,7 @@ def _pulse(group: Processes) -> Iterator[None]:
                 dist.all_reduce(n_done, group=line)
                 if n_done.item() == group.count:
                     return
-                over.wait(PULSE_SEC)
+                over.wait(HEARTBEAT_SEC)
         except RuntimeError as error:
             group.lost = error
 

@@ -35,7 +35,7 @@ IN_ENVIRONMENT = {"device", "training.mixed_precision", "training.gradient_check
 
 
 @dataclass(frozen=True)
-class Identity:
+class Fingerprint:
     """Recorded in every checkpoint. Plain values, as JSON gives them back."""
 
     settings: dict[str, Any]
@@ -46,7 +46,7 @@ class Identity:
     @classmethod
     def of(
         cls, config: Config, data_sha256: str, n_processes: int = 1, base_commit: str | None = None
-    ) -> Identity:
+    ) -> Fingerprint:
         """Return the identity of a run that is about to start here, in so many processes."""
         environment = environment_of(config) | {"processes": str(n_processes)}
         return cls(settings_of(config), data_sha256, environment, base_commit)
@@ -97,7 +97,7 @@ def _processor() -> str:
     return f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def mathematical_differences(before: Identity, now: Identity) -> list[str]:
+def mathematical_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Return one line for each difference that makes it another run."""
     unused = {f"training.{key}" for key in unused_keys(now.settings["training.lr_scheduler"])}
     found = _compare(*({k: v for k, v in x.settings.items() if k not in unused} for x in (before, now)))
@@ -111,7 +111,7 @@ def mathematical_differences(before: Identity, now: Identity) -> list[str]:
     return found
 
 
-def environment_differences(before: Identity, now: Identity) -> list[str]:
+def environment_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Return one line for each difference that may show in the last bits."""
     return _compare(before.environment, now.environment)
 

@@ -134,8 +134,8 @@ def read_handover(run_dir: str | Path) -> Handover:
             " end, such as outputs/lora_weights."
         )
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        version = told["schema_version"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["schema_version"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise BunnyLoraError(f"{path} is damaged; run `bunny-lora train` again to write it.") from None
     if version not in (1, SCHEMA_VERSION):
@@ -144,7 +144,7 @@ def read_handover(run_dir: str | Path) -> Handover:
             " use the version that wrote it, or train with this one."
         )
     try:
-        return Handover.model_validate(told)
+        return Handover.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))

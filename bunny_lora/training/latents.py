@@ -54,7 +54,7 @@ class EncodedView:
     `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already.
     """
 
-    moments: torch.Tensor
+    latent_dist: torch.Tensor
     faces: list[list[float]]
 
 
@@ -95,7 +95,7 @@ class EncodedImages:
         random = generator(seed, f"{self.stream} sample", position)
         views = self.views[index]
         view = views[int(torch.randint(len(views), (), generator=random))]
-        mean, std = view.moments
+        mean, std = view.latent_dist
         latents = mean + std * torch.randn(mean.shape, generator=random)
         latents = self._crop(latents, view.faces, random)
         noise = torch.randn(latents.shape, generator=random)
@@ -128,10 +128,10 @@ class EncodedImages:
 
     def _thinned(self, caption: str, random: torch.Generator) -> str:
         first, *rest = caption_parts(caption)
-        luck = torch.rand(len(rest), generator=random)
+        draws = torch.rand(len(rest), generator=random)
         kept = [
             part
-            for part, chance in zip(rest, luck, strict=True)
+            for part, chance in zip(rest, draws, strict=True)
             if chance >= self.tag_dropout or not self._may_go(part)
         ]
         return "".join([first, *kept])
@@ -204,25 +204,25 @@ def encode_dataset(
             pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where it helps nobody.
         )
         bar = progress(_encode_each(vae, loader), desc="encode images", total=len(views))
-        tensors = {f"{i:06d}": moments for i, moments in enumerate(bar)}
+        tensors = {f"{i:06d}": latent_dist for i, latent_dist in enumerate(bar)}
         with files.atomic_path(path) as part:
             save_file(tensors, part)
     tensors = load_file(path)
     encoded: list[list[EncodedView]] = [[] for _ in range(len(images))]
     for i, view in enumerate(views):
-        moments = tensors[f"{i:06d}"]
-        encoded[view.index].append(EncodedView(moments, _faces_in(view, images, moments)))
+        latent_dist = tensors[f"{i:06d}"]
+        encoded[view.index].append(EncodedView(latent_dist, _faces_in(view, images, latent_dist)))
     names = frozenset(name for sample in images.samples for name in sample.characters)
     side = images.resolution // 8
     return EncodedImages(images.samples, encoded, side, stream, tag_dropout, repeats, names)
 
 
-def _faces_in(view: View, images: ImageDataset, moments: torch.Tensor) -> list[list[float]]:
+def _faces_in(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> list[list[float]]:
     """Return the faces of a whole frame in pixels of its latents."""
     sample = images.samples[view.index]
     if view.zoomed or images.center_crop or not sample.faces:
         return []
-    height, width = moments.shape[2:]
+    height, width = latent_dist.shape[2:]
     across, down = (new / old for new, old in zip((width, height), sample.size, strict=True))
     faces = [[x1 * across, y1 * down, x2 * across, y2 * down] for x1, y1, x2, y2 in sample.faces]
     return [[width - x2, y1, width - x1, y2] for x1, y1, x2, y2 in faces] if view.mirrored else faces

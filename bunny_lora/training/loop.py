@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bunny_lora.core import interrupts
 from bunny_lora.model import devices
-from bunny_lora.training.distributed import Processes
+from bunny_lora.training.distributed import ProcessGroup
 from bunny_lora.training.objective import Learner
 
 
@@ -40,7 +40,7 @@ def training_loop(
     lr_scheduler: LRScheduler,
     scaler: torch.amp.GradScaler,
     start_step: int = 0,
-    group: Processes = Processes(),  # noqa: B008
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
 ) -> Iterator[StepRecord]:
     """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
 
@@ -58,13 +58,13 @@ def training_loop(
         first = (step - 1) * images_per_step
         positions = range(first, first + images_per_step, training.batch_size)
         losses = torch.zeros(len(positions), device=parameters[0].device)
-        for number, position in group.mine(list(enumerate(positions))):
+        for number, position in group.local_shard(list(enumerate(positions))):
             group.check()
             with interrupts.stoppable():
                 loss = learner.loss(position)
                 scaler.scale(loss / len(positions)).backward()
                 losses[number] = loss.item()
-        group.add_up_all([*(p.grad for p in parameters if p.grad is not None), losses])
+        group.all_reduce_many([*(p.grad for p in parameters if p.grad is not None), losses])
 
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm).item()

@@ -70,7 +70,7 @@ def step_bytes(setup: Setup) -> float:
     count = training.batch_size * (2 if config.prior_preservation.enabled else 1)
     side, device = config.resolution // 8, parts.device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    unet, text_encoder = _hollow(parts.unet, mode), _hollow(parts.text_encoder, mode)
+    unet, text_encoder = _to_fake(parts.unet, mode), _to_fake(parts.text_encoder, mode)
     with mode, torch.enable_grad():
         latents = torch.empty(count, parts.unet.config.in_channels, side, side, device=device)
         tokens = torch.zeros(count, parts.tokenizer.model_max_length, dtype=torch.long, device=device)
@@ -85,14 +85,14 @@ def step_bytes(setup: Setup) -> float:
     return GAPS * counter.peak + moments + packed
 
 
-def picture_bytes(parts: Components, resolution: int) -> float:
+def image_bytes(parts: Components, resolution: int) -> float:
     """Return the most that the VAE needs to decode one picture; encoding one needs less.
 
     For 512 px in float32 that is 1.13 GB with the constants above, and 1.23 GB were measured; in
     bfloat16 0.57 and 0.76 GB; for 256 px in float32 0.41 and 0.44 GB: `SPARE` covers the difference.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    vae: Any = _hollow(parts.vae, mode)
+    vae: Any = _to_fake(parts.vae, mode)
     side = resolution // 8
     shape = (1, parts.vae.config.latent_channels, side, side)
     with mode, torch.no_grad():
@@ -107,13 +107,13 @@ def _weights(model: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _hollow(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
+def _to_fake(model: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     """Return a copy of a model whose tensors have shapes and no contents."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
 
 
-def check_pictures(parts: Components, resolution: int) -> None:
+def check_images(parts: Components, resolution: int) -> None:
     """Refuse to encode and draw pictures that would not fit.
 
     Raises:
@@ -121,7 +121,7 @@ def check_pictures(parts: Components, resolution: int) -> None:
     """
     if _plenty(parts, 1, resolution):
         return
-    _refuse_above(picture_bytes(parts, resolution), parts, "A picture", [_lower_resolution(resolution)])
+    _refuse_above(image_bytes(parts, resolution), parts, "A picture", [_lower_resolution(resolution)])
 
 
 def check(setup: Setup) -> None:

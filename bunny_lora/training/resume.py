@@ -14,7 +14,7 @@ from bunny_lora.config import RESUME_TAKES, Config, load_config
 from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.training import checkpoint, fingerprint, log
-from bunny_lora.training.fingerprint import Identity
+from bunny_lora.training.fingerprint import Fingerprint
 
 WAY_OUT = "Set output_dir to a new folder, or resume: never to begin anew (the old run is kept)."
 
@@ -51,7 +51,7 @@ class Start:
             )
 
 
-def begin_anew(run_dir: Path) -> None:
+def archive_old_run(run_dir: Path) -> None:
     """Rename a folder that holds a run to the first free `<name>.old-<n>`."""
     if not holds_run(run_dir):
         return
@@ -67,7 +67,7 @@ def holds_run(run_dir: Path) -> bool:
     return any(any(run_dir.glob(name)) for name in ("final", "checkpoint-*"))
 
 
-def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
+def open_run(run_dir: Path, config: Config, now: Fingerprint) -> Start:
     """Make `run_dir` ready and return where to go on, or to begin.
 
     Args:
@@ -92,16 +92,18 @@ def open_run(run_dir: Path, config: Config, now: Identity) -> Start:
     return start
 
 
-def _refuse_another_run(run_dir: Path, now: Identity) -> None:
+def _refuse_another_run(run_dir: Path, now: Fingerprint) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise BunnyLoraError(f"{run_dir} holds training that this program did not write. {WAY_OUT}")
-    told = files.read_json(run_dir / "provenance.json")
+    recorded = files.read_json(run_dir / "provenance.json")
     settings = fingerprint.settings_of(load_config(run_dir / "config.yaml"))
-    before = Identity(settings, told.get("data_sha256"), now.environment, told.get("base_commit"))
+    before = Fingerprint(
+        settings, recorded.get("data_sha256"), now.environment, recorded.get("base_commit")
+    )
     _refuse(run_dir, before, now)
 
 
-def _refuse(folder: Path, before: Identity, now: Identity) -> None:
+def _refuse(folder: Path, before: Fingerprint, now: Fingerprint) -> None:
     if found := fingerprint.mathematical_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
         raise BunnyLoraError(
@@ -115,7 +117,7 @@ def _named(run_dir: Path, name: str) -> Path:
     folders = [run_dir / f"checkpoint-{name}", run_dir / name, paths.resolve(name)]
     for folder in folders:
         if (folder / checkpoint.STATE).is_file():
-            if damage := checkpoint.damage(folder):
+            if damage := checkpoint.verify(folder):
                 raise BunnyLoraError(f"The checkpoint {folder} is damaged: {damage}.")
             return folder
     there = ", ".join(map(str, checkpoint.list_checkpoints(run_dir))) or "none yet"
@@ -130,10 +132,10 @@ def _newest_good(run_dir: Path, last_step: int) -> Path | None:
     for step, folder in reversed(checkpoint.list_checkpoints(run_dir).items()):
         if step > last_step:
             continue
-        damage = checkpoint.damage(folder)
+        damage = checkpoint.verify(folder)
         if damage is None:
             return folder
-        aside = checkpoint.set_aside(folder, "damaged")
+        aside = checkpoint.quarantine(folder, "damaged")
         print(
             f"Warning: {folder.name} is damaged ({damage}); it is now in {paths.relative(aside)}, and"
             " the one before it is taken."
@@ -144,15 +146,15 @@ def _newest_good(run_dir: Path, last_step: int) -> Path | None:
 def _set_later_ones_aside(run_dir: Path, step: int) -> None:
     for later, folder in checkpoint.list_checkpoints(run_dir).items():
         if later > step:
-            aside = checkpoint.set_aside(folder, "later")
+            aside = checkpoint.quarantine(folder, "later")
             print(f"{folder.name} is done again; the one from before is now {paths.relative(aside)}")
 
 
-def _fresh(now: Identity) -> Start:
+def _fresh(now: Fingerprint) -> Start:
     return Start(history=({"after_step": 0, "environment": now.environment},))
 
 
-def _read(folder: Path, now: Identity) -> Start:
+def _read(folder: Path, now: Fingerprint) -> Start:
     """Return the start that a checkpoint gives, after comparing its run with the one to come."""
     saved = files.read_json(folder / checkpoint.STATE)
     history = list(saved["history"])
@@ -160,7 +162,7 @@ def _read(folder: Path, now: Identity) -> Start:
     commit = saved.get("base_commit")
     # A key that is younger than the checkpoint had its default, which keeps what was done before it.
     settings = fingerprint.settings_of(Config()) | saved["settings"]
-    before = Identity(settings, saved["data_sha256"], environment, commit)
+    before = Fingerprint(settings, saved["data_sha256"], environment, commit)
     _refuse(folder, before, now)
     if found := fingerprint.environment_differences(before, now):
         lines = "\n".join(f"  - {line}" for line in found)
@@ -190,8 +192,8 @@ def announce(run_dir: Path, start: Start) -> None:
     print(f"{place}; {lost}")
 
 
-def _describe(run_dir: Path, config: Config, now: Identity) -> None:
-    told = {"data_sha256": now.data_sha256, "base_commit": now.base_commit}
-    files.write_json(run_dir / "provenance.json", provenance.provenance() | told)
-    files.write_text(run_dir / "config.input.yaml", config.given_yaml())
+def _describe(run_dir: Path, config: Config, now: Fingerprint) -> None:
+    recorded = {"data_sha256": now.data_sha256, "base_commit": now.base_commit}
+    files.write_json(run_dir / "provenance.json", provenance.provenance() | recorded)
+    files.write_text(run_dir / "config.input.yaml", config.user_yaml())
     files.write_text(run_dir / "config.yaml", config.to_yaml())  # Last: it makes the folder a run.

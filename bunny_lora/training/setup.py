@@ -21,7 +21,7 @@ from bunny_lora.model.formats import LoRA
 from bunny_lora.prepare import reading
 from bunny_lora.training import checkpoint, class_images, fingerprint, memory, optim
 from bunny_lora.training.checkpoint import TrainingState
-from bunny_lora.training.distributed import Processes
+from bunny_lora.training.distributed import ProcessGroup
 from bunny_lora.training.latents import EncodedImages, encode_dataset
 from bunny_lora.training.objective import Learner
 from bunny_lora.training.resume import Start
@@ -43,7 +43,7 @@ class Setup:
     pipe: StableDiffusionPipeline
     learner: Learner
     state: TrainingState
-    group: Processes
+    group: ProcessGroup
     base_sha256: str
     class_sha256: str | None
     history: tuple[dict[str, Any], ...]
@@ -61,7 +61,7 @@ class Setup:
 def set_up(
     config: Config,
     start: Start = Start(),  # noqa: B008
-    group: Processes = Processes(),  # noqa: B008
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
 ) -> Setup:
     """Load the base model, encode the data, attach LoRA, and put the state of `start` in place.
 
@@ -71,11 +71,11 @@ def set_up(
     _say_doubts(config, start)
     device = devices.resolve_device(config.device)
     dtype = devices.resolve_dtype(config.training.mixed_precision, device)
-    with group.in_turn():
+    with group.main_process_first():
         parts = components.load_components(config.base_model, device, dtype)
         base_sha256 = fingerprint.model_sha256(parts)
         start.check_base(base_sha256, str(dtype).removeprefix("torch."))
-        memory.check_pictures(parts, config.resolution)
+        memory.check_images(parts, config.resolution)
         for part in _trained_parts(config):  # before pictures are encoded, which takes long
             targets.check_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
         pipe = components.pipeline_from(parts, config.base_model)
@@ -95,9 +95,9 @@ def set_up(
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
-    group.told_by_main(lambda: _load_state(state, start, first_weights))
+    group.broadcast_from_main(lambda: _load_state(state, start, first_weights))
     if group.count > 1:
-        checkpoint.restore(state, group.told_by_main(lambda: checkpoint.snapshot(state)))
+        checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
     return Setup(config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history)
 
 
@@ -187,6 +187,6 @@ def _class_data(
     wanted = class_images.plan(pipe, config, base_sha256)
     class_sha256 = wanted.sha256()
     start.check_class_images(class_sha256)
-    class_images.draw(pipe, config, wanted)
+    class_images.generate_missing(pipe, config, wanted)
     place = paths.resolve(config.prior_preservation.class_data_dir).parent
     return _encode(parts, config, wanted.samples, place, "class"), class_sha256

@@ -34,7 +34,7 @@ class Supervisor:
         training: when to log, save and draw.
         state: of the run, as it stands between two steps.
         about: whose state it is; written into each checkpoint.
-        draw_samples: draws the pictures that belong to a step; may be stopped.
+        generate_samples: draws the pictures that belong to a step; may be stopped.
         writes: false in processes that only help the one that does.
     """
 
@@ -44,12 +44,12 @@ class Supervisor:
         training: TrainingSection,
         state: TrainingState,
         about: dict[str, Any],
-        draw_samples: Callable[[list[ValidationImage]], None],
+        generate_samples: Callable[[list[ValidationImage]], None],
         *,
         writes: bool = True,
     ) -> None:
         self.run_dir, self.training, self.state, self.about = run_dir, training, state, about
-        self.draw_samples, self.writes = draw_samples, writes
+        self.generate_samples, self.writes = generate_samples, writes
         self.saved_step, self.saved_at = state.step, time.monotonic()
         self.recent: list[float] = []
 
@@ -106,7 +106,7 @@ class Supervisor:
         step, minutes = self.state.step, self.training.save_minutes
         if is_milestone(step, self.training):
             self._save(milestone=True)
-            self.draw_samples(samples_of(self.run_dir, self.training, step))
+            self.generate_samples(samples_of(self.run_dir, self.training, step))
         elif minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes:
             self._save(milestone=False)
 

@@ -64,6 +64,6 @@ def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
     )
 
 
-def draw(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
+def generate(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
     """Draw one image with the weights as they are."""
-    return components.draw_image(pipe, settings_of(config, sample.prompt, sample.seed))
+    return components.generate(pipe, settings_of(config, sample.prompt, sample.seed))

@@ -50,9 +50,9 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     device = resolve_device(options.device).type
     settings: dict[str, Any] = {"device": device, "n_workers": options.workers}
-    given = {"max_steps": options.steps, "batch_size": options.batch_size}
-    given |= {"peak_rate": options.peak_rate}
-    settings |= {name: value for name, value in given.items() if value is not None}
+    overrides = {"max_steps": options.steps, "batch_size": options.batch_size}
+    overrides |= {"peak_rate": options.peak_rate}
+    settings |= {name: value for name, value in overrides.items() if value is not None}
     if options.start_from is not None:
         if options.model not in ("vae", "sd"):
             raise BunnyLoraError("--start-from is for `pretrain vae` and `pretrain sd`: leave it out.")

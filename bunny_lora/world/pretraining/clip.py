@@ -96,7 +96,7 @@ def view(seed: int, index: int, number: int) -> tuple[Picture, np.random.Generat
     return Picture(scene, attributes.stage(rng, [moment], scene.camera, 1.0), 1.0), rng
 
 
-def look(picture: Picture, size: int, rng: np.random.Generator) -> np.ndarray:
+def view_of(picture: Picture, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a picture as uint8 [3, size, size], now and then cut to its face like an evaluation's."""
     if rng.random() < _FACE_CROP:
         drawn = render(picture, (2 * size, 2 * size))
@@ -116,7 +116,7 @@ class _Views(Dataset[np.ndarray]):
 
     def __getitem__(self, index: int) -> np.ndarray:
         seen = [view(self.seed, index, number) for number in range(2)]
-        return np.stack([look(picture, self.size, rng) for picture, rng in seen])
+        return np.stack([view_of(picture, self.size, rng) for picture, rng in seen])
 
 
 def drawn_characters(
@@ -146,8 +146,8 @@ def drawn_characters(
 def _contrast(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Return the symmetric InfoNCE loss of rows that belong together, https://arxiv.org/abs/2103.00020."""
     logits = scale * F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
-    own = torch.arange(len(logits), device=logits.device)
-    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+    labels = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))
 
 
 def hues_turned(images: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +177,7 @@ def hue_rotation(angle: float) -> torch.Tensor:
 
 
 def _loss(
-    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, told: torch.Tensor
+    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, hues: torch.Tensor
 ) -> torch.Tensor:
     """Return the loss of a batch.
 
@@ -191,7 +191,7 @@ def _loss(
     with torch.autocast(images.device.type, torch.bfloat16):
         seen = clip.get_image_features(pixel_values=images.flatten(0, 1)).pooler_output.float()
         said = clip.get_text_features(input_ids=tokens).pooler_output.float()
-    pairs, true = seen.view(n, 2, -1), told.repeat_interleave(2)
+    pairs, true = seen.view(n, 2, -1), hues.repeat_interleave(2)
     identity = _contrast(pairs[:, 0], pairs[:, 1], 1 / _TEMPERATURE)
     captions = _contrast(seen[true], said[true], clip.logit_scale.exp().clamp(max=100))
     return _IDENTITY_WEIGHT * identity + captions
@@ -250,9 +250,9 @@ def pretrain_clip(
             for index in chosen
             for number in range(2)
         ]
-        images, told = hues_turned(torch.from_numpy(pictures[chosen]), rng)
+        images, hues = hues_turned(torch.from_numpy(pictures[chosen]), rng)
         tokens = components.tokenize(tokenizer, texts).to(device)
-        return _loss(clip, to_unit(images, device), tokens, told.to(device))
+        return _loss(clip, to_unit(images, device), tokens, hues.to(device))
 
     for progress in state.train(
         loss_of,
@@ -296,13 +296,13 @@ def same_hero_auc(vectors: torch.Tensor, pictures: Sequence[Picture]) -> float:
     The area under the ROC curve over all pairs that differ in place and in pose; a tie counts half.
     `vectors` are of length 1, [N, D], one a picture of one character.
     """
-    likeness = vectors @ vectors.T
+    similarity = vectors @ vectors.T
     same: list[float] = []
     other: list[float] = []
     for (i, first), (j, second) in combinations(enumerate(pictures), 2):
         (one,), (two,) = first.characters, second.characters
         if first.scene.place != second.scene.place and one.pose != two.pose:
-            (same if one.name == two.name else other).append(float(likeness[i, j]))
+            (same if one.name == two.name else other).append(float(similarity[i, j]))
     ordered, asked = np.sort(other), np.array(same)
     below = np.searchsorted(ordered, asked, "left") + np.searchsorted(ordered, asked, "right")
     return float(below.mean() / 2 / len(ordered))

@@ -28,7 +28,7 @@ def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int =
 
 
 @quiet()
-def take_up(model: Any, folder: Path) -> str:
+def load_weights(model: Any, folder: Path) -> str:
     """Fill a model of diffusers or transformers with the weights in `folder`; return a hash of them.
 
     Raises:

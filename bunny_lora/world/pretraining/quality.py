@@ -122,25 +122,25 @@ def _measure_names(
     }
     found = {}
     for row, hero in enumerate(HEROES):
-        own = vectors[row * n_each : (row + 1) * n_each]
-        centre = torch.nn.functional.normalize(own.mean(0), dim=0)
+        of_hero = vectors[row * n_each : (row + 1) * n_each]
+        centre = torch.nn.functional.normalize(of_hero.mean(0), dim=0)
 
-        def likeness(
+        def similarity(
             names: Sequence[str], row: int = row, centre: torch.Tensor = centre
         ) -> torch.Tensor:
             prompts = list(_name_prompts(names, n_each, seed))
             return image_vectors(clip, _draw_all(pipeline, prompts, seed + 1 + row, report)) @ centre
 
-        by_own = likeness([hero])
+        by_own = similarity([hero])
         found[hero] = {"likeness_by_own_name": round(float(by_own.mean()), 3)}
         for kind, names in others.items():
-            by_others = likeness(names)
+            by_others = similarity(names)
             gain = by_own - by_others
             found[hero] |= {
                 f"likeness_by_{kind}_names": round(float(by_others.mean()), 3),
                 f"gain_over_{kind}_95_percent": round(1.96 * float(gain.std()) / len(gain) ** 0.5, 3),
             }
-        found[hero]["likeness_of_renders"] = round(float((own @ centre).mean()), 3)
+        found[hero]["likeness_of_renders"] = round(float((of_hero @ centre).mean()), 3)
     report(f"heroes: {found}")
     return found
 

@@ -38,7 +38,7 @@ from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretraining.latents import encoded_pictures
-from bunny_lora.world.pretraining.learner import TrainState, take_up
+from bunny_lora.world.pretraining.learner import TrainState, load_weights
 from bunny_lora.world.pretraining.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
@@ -214,7 +214,7 @@ def pretrain_sd(
     settings |= {"max_steps": max_steps, "peak_rate": peak_rate}
     stream = seed
     if start_from is not None:
-        origin = "".join(take_up(model, start_from / name) for name, model in models.items())
+        origin = "".join(load_weights(model, start_from / name) for name, model in models.items())
         settings["start_from"] = origin
         seed = derive_seed(seed, f"world sd from {origin}")
     state = TrainState(models.to(device).train(), settings)
@@ -239,7 +239,7 @@ def pretrain_sd(
         report(f"step {state.step}: loss {progress.mean_loss:.4f}, {speed}")
         with state.averaged():
             pipeline = build_pipeline(models, tokenizer, vae)
-            draw_samples(pipeline, out_dir / "samples" / f"{state.step:06d}.png", n_sample_steps)
+            generate_samples(pipeline, out_dir / "samples" / f"{state.step:06d}.png", n_sample_steps)
             export_pipeline(pipeline, out_dir / "sd")
     return out_dir / "sd"
 
@@ -261,7 +261,7 @@ def build_pipeline(
     )
 
 
-def draw_samples(pipeline: diffusers.StableDiffusionPipeline, path: Path, n_steps: int) -> None:
+def generate_samples(pipeline: diffusers.StableDiffusionPipeline, path: Path, n_steps: int) -> None:
     """Draw `PROMPTS`, two pictures each from seeds that stay, as one PNG."""
     pipeline.set_progress_bar_config(disable=True)
     rows = []

@@ -20,7 +20,7 @@ from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, heldout, hero_images, to_unit
-from bunny_lora.world.pretraining.learner import TrainState, take_up
+from bunny_lora.world.pretraining.learner import TrainState, load_weights
 
 CHANNELS = (16, 32, 64, 128)
 _KL_WEIGHT = 1e-5
@@ -81,9 +81,9 @@ def _loss(vae: AutoencoderKL, rows: torch.Tensor, noise: torch.Generator) -> tor
     return error + _KL_WEIGHT * kl
 
 
-def _take_up_decoder(vae: AutoencoderKL, folder: Path) -> str:
+def _load_decoder(vae: AutoencoderKL, folder: Path) -> str:
     """Fill in an earlier training's weights, all but the decoder to stay; return a hash of them."""
-    digest = take_up(vae, folder)
+    digest = load_weights(vae, folder)
     nn.ModuleList([vae.encoder, vae.quant_conv]).requires_grad_(False)
     vae.register_to_config(scaling_factor=AutoencoderKL.load_config(folder)["scaling_factor"])
     return digest
@@ -135,7 +135,7 @@ def pretrain_vae(
     settings |= {"seed": seed, "batch_size": batch_size, "peak_rate": peak_rate, "max_steps": max_steps}
     own_seed, n_in_squares = seed, 0.8 * max_steps
     if start_from is not None:
-        settings["start_from"] = origin = _take_up_decoder(vae, start_from)
+        settings["start_from"] = origin = _load_decoder(vae, start_from)
         own_seed, n_in_squares = derive_seed(seed, f"world vae from {origin}"), 0
     state = TrainState(vae, settings)
 
