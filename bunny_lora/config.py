@@ -80,6 +80,7 @@ class LoRASection(Section):
     rank: int = Field(8, ge=1, le=4096)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    # Ends of names of layers, or: attention, attention+ff, all (convolutions, projections, embeddings).
     target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
     train_text_encoder: bool = False
     text_encoder_target_modules: list[str] = Field(
@@ -87,6 +88,11 @@ class LoRASection(Section):
     )
     # A LoRA to begin with instead of none, in any format that `generate` draws with.
     start_from: Recorded | None = None
+
+    @field_validator("target_modules", "text_encoder_target_modules", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class TrainingSection(Section):

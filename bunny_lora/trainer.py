@@ -179,7 +179,7 @@ class LoRATrainer:
             start.check_base(self.base_sha256, str(dtype).removeprefix("torch."))
             memory.check_pictures(self.parts, config.resolution)
             for part in self._trained_parts():  # before pictures are encoded, which takes long
-                targets.check_targets(
+                targets.resolve_targets(
                     getattr(self.parts, part), part, adapters.target_names(part, config.lora)
                 )
             self.pipe = components.pipeline_from(self.parts, config.base_model)
