@@ -215,14 +215,12 @@ def _download(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import batch, inference
     from bunny_lora.core.progress import progress
-    from bunny_lora.model import adapters
     from bunny_lora.training import distributed
 
     if options.prompts and not options.out:
         raise BunnyLoraError("--prompts FILE needs --out FOLDER: many images go into one folder.")
     prompts = batch.read_prompts(options.prompts) if options.prompts else options.prompt
-    named = map(weighted, options.lora_weights or ())
-    weights = {adapters.find_weights(path): weight for path, weight in named}
+    weights = inference.find_loras(map(weighted, options.lora_weights or ()))
     pipe = inference.load_lora_pipeline(options.base_model, weights, options.device)
     seeds = options.seed or [42]
     typed_settings = {

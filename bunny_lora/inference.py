@@ -61,7 +61,7 @@ def load_lora_pipeline(
     """
     given = {} if lora_weights_dir is None else lora_weights_dir
     weights = dict(given) if isinstance(given, Mapping) else {given: 1.0}
-    found = {adapters.find_weights(path): weight for path, weight in weights.items()}
+    found = find_loras(weights.items())
     first = next(iter(found), None)
     place = devices.resolve_device(device)
     if dtype is None:
@@ -76,6 +76,23 @@ def load_lora_pipeline(
     pipe = components.pipeline_from(parts, base_model)
     pipe.recommended = recommended(first)
     return pipe
+
+
+def find_loras(named: Iterable[tuple[str | Path, float]]) -> dict[Path, float]:
+    """Return what holds each LoRA (`adapters.find_weights`) and how strongly it counts.
+
+    Raises:
+        BunnyLoraError: there is none, or one is named twice.
+    """
+    found: dict[Path, float] = {}
+    for name, weight in named:
+        path = adapters.find_weights(name)
+        if path.resolve() in {known.resolve() for known in found}:
+            raise BunnyLoraError(
+                f"The LoRA in {path} is named twice; name it once, with the sum of the weights."
+            )
+        found[path] = weight
+    return found
 
 
 def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:

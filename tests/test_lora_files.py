@@ -421,6 +421,16 @@ def test_pefts_weights_without_their_configuration_have_no_strength(
         as_ours(path, pipe)
 
 
+def test_a_lora_named_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    made(tmp_path / "run", "final/unet/")
+    twice = [("run", 0.5), ("run/final", 0.3)]
+    with pytest.raises(BunnyLoraError, match="final is named twice; name it once"):
+        inference.find_loras((tmp_path / name, weight) for name, weight in twice)
+    named = [word for name, w in twice for word in ("--lora-weights", f"{tmp_path / name}={w}")]
+    assert main(["generate", *named, "--prompt", "ellie"]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- the base model
 
 

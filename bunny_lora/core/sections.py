@@ -62,7 +62,8 @@ class LoRASection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each input of an adapter is zeroed in training."""
     target_modules: LayerNames = Field(["to_k", "to_q", "to_v", "to_out.0"])
-    """Layers of the UNet that learn, by the ends of their names: by default, attention alone."""
+    """Layers of the UNet that learn, by the ends of their names, by default attention alone. Or a kind:
+    attention, attention+ff, all (convolutions, projections and embeddings too)."""
     train_text_encoder: bool = False
     """Let the text encoder learn too: a character's name is a new word to it."""
     text_encoder_target_modules: LayerNames = Field(["q_proj", "k_proj", "v_proj", "out_proj"])

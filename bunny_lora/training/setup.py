@@ -77,7 +77,9 @@ def set_up(
         start.check_base(base_sha256, str(dtype).removeprefix("torch."))
         memory.check_images(parts, config.resolution)
         for part in _trained_parts(config):  # before pictures are encoded, which takes long
-            targets.check_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
+            targets.resolve_targets(
+                getattr(parts, part), part, adapters.target_names(part, config.lora)
+            )
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
         samples = dataset.read_samples(config.data_path, **reading(config))
