@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import CHECKOUT, tiny_config
 from PIL import Image
 
-from bunny_lora import dataset
+from bunny_lora import dataset, session
 from bunny_lora.cli import main
+from bunny_lora.config import load_config
 from bunny_lora.data.frames import Source
 from bunny_lora.data.summary import remarks
 from bunny_lora.data.writing import prepare
@@ -410,3 +412,53 @@ def test_the_hash_of_a_folder_as_it_is_follows_captions_and_pictures(folder):
     second = dataset.data_sha256(folder)
     Image.new("RGB", (48, 40)).save(folder / "a.png")
     assert len({first, second, dataset.data_sha256(folder)}) == 3
+
+
+# --- the demo and somebody's own frames
+
+
+@pytest.fixture
+def checkout(project: Path) -> Path:
+    for name in ("cpu", "demo"):
+        shutil.copy(CHECKOUT / "params" / f"{name}.yaml", project / "params")
+    return project
+
+
+@pytest.mark.parametrize("how", [["--source", "mine"], ["--set", "source=mine"]])
+def test_a_named_source_goes_into_a_folder_of_its_own(folder, checkout, capsys, how):
+    fill(folder, a="rex, waving")
+    assert main(["prepare", *how, "--set", "base_model=random-tiny"]) == 0
+    assert "params/cpu.yaml (your own frames: source mine)" in capsys.readouterr().out
+    assert (checkout / "training_data" / "instance_images" / "a.png").is_file()
+    assert not (checkout / "outputs" / "demo").exists()
+
+
+@pytest.mark.parametrize("first", ["mine", "bunny-world"])
+def test_the_demos_film_and_ones_own_frames_never_replace_each_other(folder, tiny_model, first):
+    fill(folder, a="rex, waving")
+    session.write_demo_film()
+    configs = {name: tiny_config(tiny_model, source=name) for name in ("mine", "bunny-world")}
+    prepare_data(configs.pop(first))
+    (other,) = configs.values()
+    before = sorted(path.name for path in other.data_path.iterdir())
+    for step in (prepare_data, lambda config: LoRATrainer(config=config).prepare_data()):
+        with pytest.raises(BunnyLoraError, match="kept apart: set data_dir"):
+            step(other)
+    assert sorted(path.name for path in other.data_path.iterdir()) == before
+
+
+def test_ones_own_frames_never_go_into_the_demos_folder(folder, checkout):
+    fill(folder, a="rex, waving")
+    config = load_config("params/demo.yaml", {"source": "mine", "base_model": "random-tiny"})
+    with pytest.raises(BunnyLoraError, match=r"outputs/demo/.* is the demo's.*params/cpu.yaml"):
+        prepare_data(config)
+    assert not config.data_path.exists()
+
+
+def test_another_source_that_replaces_the_first_is_said(folder, project, tiny_model):
+    fill(folder, a="rex, waving")
+    fill(project / "other", b="phil, waving")
+    prepare_data(tiny_config(tiny_model, source="mine"))
+    summary = prepare_data(tiny_config(tiny_model, source="other"))
+    assert remarks(summary) == ["This replaces what was prepared from mine"]
+    assert remarks(prepare_data(tiny_config(tiny_model, source="other"))) == []

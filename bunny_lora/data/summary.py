@@ -136,6 +136,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """
     n_images, prompted = summary["n_images"], summary.get("n_instance_prompt", 0)
     lines = []
+    if "replaced" in summary:
+        lines.append(f"This replaces what was prepared from {summary['replaced']}")
     if prompted:
         lines.append(f"{prompted} of {n_images} have no caption and get the instance_prompt for one")
     lines += summary.get("notes", [])
