@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test torture notebooks lint lab lock clean
+.PHONY: help demo test torture notebooks schema lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -63,6 +63,9 @@ notebooks: $(INSTALLED) ## Execute the notebooks anew and keep the outputs that 
 	$(BIN)/$(NBCONVERT) --TagRemovePreprocessor.enabled=True \
 	    --TagRemovePreprocessor.remove_all_outputs_tags=strip-output $(NOTEBOOKS:%=notebooks/%.ipynb)
 	$(BIN)/ruff format notebooks
+
+schema: $(INSTALLED) ## Write params/schema.json, by which editors know the configuration's keys
+	$(BIN)/bunny-lora config --schema > params/schema.json
 
 lint: $(INSTALLED) ## Lint, format check and types alone
 	$(BIN)/ruff check --no-cache .

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from bunny_lora import inference
 from bunny_lora.config import validate
 from bunny_lora.model import components, devices
 from bunny_lora.trainer import LoRATrainer
@@ -121,28 +122,29 @@ def measure(base_model: str, resolution: int) -> Measured:
     started = time.perf_counter()
     trainer.load()  # Now the latents are there: what is left is reading the model.
     load_sec = time.perf_counter() - started
-    parts, config = trainer.parts, trainer.config
+    parts, config = trainer.setup.parts, trainer.config
 
     pixels = torch.rand(1, 3, resolution, resolution) * 2 - 1
     encode_sec = median_sec(lambda: components.encode_images(parts.vae, pixels))
-    trainer._set_training_mode(True)
-    trials = [banner.time_trial(trainer.learner, trainer.optimizer) for _ in range(N_REPEATS)]
+    trainer.setup.set_training_mode(True)
+    learner, optimizer = trainer.setup.learner, trainer.setup.state.optimizer
+    trials = [banner.time_trial(learner, optimizer) for _ in range(N_REPEATS)]
     memory_gb = devices.peak_memory_gb(parts.device)
-    trainer._set_training_mode(False)
+    trainer.setup.set_training_mode(False)
 
     def draw(n_steps: int) -> Callable[[], object]:
         options = {"guidance_scale": 7.5, "width": resolution, "height": resolution}
-        return lambda: components.draw_image(
-            trainer.pipe, "ellie", seed=0, num_inference_steps=n_steps, **options
+        return lambda: inference.generate_image(
+            trainer.setup.pipe, "ellie", num_inference_steps=n_steps, **options
         )
 
     few, more = median_sec(draw(2), 3), median_sec(draw(6), 3)
     denoise_sec = (more - few) / 4
-    trainer.learner.loss(0).backward()
-    trainer.optimizer.step()
-    checkpoint.save_checkpoint(root / "checkpoint-1", trainer.state, {})
+    learner.loss(0).backward()
+    optimizer.step()
+    checkpoint.save_checkpoint(root / "checkpoint-1", trainer.setup.state, {})
     n_checkpoints = config.training.max_train_steps // config.training.save_steps
-    n_trainable = sum(p.numel() for p in trainer.trainable())
+    n_trainable = sum(p.numel() for p in trainer.setup.trainable())
     frames = list((root / "training_data").rglob("*.*"))
     return Measured(
         load_sec=load_sec,

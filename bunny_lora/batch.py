@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ from PIL import Image
 
 from bunny_lora import inference
 from bunny_lora.core.files import sha256
+from bunny_lora.core.image_file import add_metadata, image_settings, is_current, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.progress import progress
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import protocol
-from bunny_lora.model import adapters
+from bunny_lora.model import adapters, components
 from bunny_lora.report.grids import picture_grid
 from bunny_lora.report.plot import save_figure
 from bunny_lora.training.distributed import Processes
@@ -64,7 +64,7 @@ def draw_batch(
     prompts: Sequence[str],
     seeds: Sequence[int],
     out_dir: Path,
-    identity: Mapping[str, Any],
+    made_by: Mapping[str, Any],
     *,
     group: Processes = Processes(),  # noqa: B008
     **settings: Any,
@@ -79,41 +79,35 @@ def draw_batch(
         prompts: numbered from 0000 in the file names.
         seeds: of each prompt.
         out_dir: receives the pictures and `contact_sheet-<n>.png`.
-        identity: see `weights_identity`.
+        made_by: what drew, see `weights_identity`.
         group: the processes that share the work, each with a `pipe` of its own; the main one writes.
-        settings: as for `inference.generate_image`.
+        settings: as for `inference.generate_image`; what is left out is as the run recommends.
+
+    Raises:
+        BunnyLoraError: a setting is out of range.
     """
-    files = [
-        (out_dir / f"{index:04d}-{seed}.png", prompt, seed)
+    defaults = inference.default_settings(pipe) | settings
+    images = {
+        out_dir / f"{index:04d}-{seed}.png": image_settings(prompt=prompt, seed=seed, **defaults)
         for index, prompt in enumerate(prompts)
         for seed in seeds
-    ]
+    }
+    dtype = str(pipe.unet.dtype).removeprefix("torch.")
+    made_by = dict(made_by) | {"dtype": dtype, "device": pipe.device.type}
     missing = group.told_by_main(
-        lambda: [file for file in files if not _is_current(*file, identity, settings)]
+        lambda: [path for path, wanted in images.items() if not is_current(path, wanted, made_by)]
     )
 
-    def draw_one(file: tuple[Path, str, int]) -> Image.Image:
-        image = inference.generate_image(pipe, file[1], seed=file[2], **settings)
-        return inference.told(image, identity)
+    def draw_one(path: Path) -> Image.Image:
+        return add_metadata(components.draw_image(pipe, images[path]), made_by)
 
     drawn = group.share(missing, draw_one)
-    for (path, _, _), image in progress(drawn, desc="draw", total=len(missing), unit="image"):
+    for path, image in progress(drawn, desc="draw", total=len(missing), unit="image"):
         if group.is_main:
-            inference.save_image(image, path)
-    paths = [path for path, _, _ in files]
+            save_image(image, path)
+    paths = list(images)
     group.told_by_main(lambda: _contact_sheets(out_dir, prompts, seeds, paths))
     return paths
-
-
-def _is_current(
-    path: Path, prompt: str, seed: int, identity: Mapping[str, Any], settings: Mapping[str, Any]
-) -> bool:
-    made = inference.read_settings(path)
-    wanted = json.loads(json.dumps({"prompt": prompt, "seed": seed} | dict(settings) | dict(identity)))
-    # Width and height that were left to the model stand in the picture as what they came to.
-    return made is not None and all(
-        made.get(key) == value for key, value in wanted.items() if value is not None
-    )
 
 
 def _contact_sheets(

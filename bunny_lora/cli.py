@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
+from bunny_lora.config import json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
-from bunny_lora.core.paths import relative, resolve
+from bunny_lora.core.paths import new, relative, typed, typed_or_name
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
-from bunny_lora.session import open_config, write_demo_film
+from bunny_lora.session import open_config
 from bunny_lora.world.cli import add_world
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,25 +58,37 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     prepare = _with_config(commands.add_parser("prepare", help="write training data from a source"))
-    prepare.add_argument("--source", help="a stage-4 run, a folder of images, or auto")
+    prepare.add_argument(
+        "--source", type=typed_or_name, help="a stage-4 run, a folder of images, or auto"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace data edited by hand")
     prepare.set_defaults(run=_prepare)
 
     train = _with_config(commands.add_parser("train", help="train LoRA, or go on with a run"))
     train.add_argument("--max-steps", type=int, help="training.max_train_steps")
-    train.add_argument("--output-dir", help="the run's folder")
-    train.add_argument("--resume", help="auto, never, or a checkpoint: its step, folder's name or path")
+    train.add_argument("--output-dir", type=typed, help="the run's folder")
+    train.add_argument(
+        "--resume",
+        type=typed_or_name,
+        help="auto, never, a checkpoint's step, name or path",
+    )
     train.set_defaults(run=_train)
 
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
-    evaluate.add_argument("--output-dir", help="the run's folder")
+    evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
 
-    config = _with_config(commands.add_parser("config", help="print the configuration in full"))
+    config = _with_config(commands.add_parser("config", help="print the configuration, key by key"))
+    config.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of the file instead"
+    )
     config.set_defaults(run=_config)
     download = _with_config(commands.add_parser("download", help="fetch a base model from the hub"))
     download.add_argument(
-        "model", nargs="?", help="owner/name, or owner/name@revision; default: base_model"
+        "model",
+        nargs="?",
+        type=typed_or_name,
+        help="owner/name, or owner/name@revision; default: base_model",
     )
     download.set_defaults(run=_download)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
@@ -81,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--config", help="YAML file; default: your data's or the demo's")
+    parser.add_argument("--config", type=typed, help="YAML file; default: your data's or the demo's")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="training.seed=1; repeatable"
     )
@@ -95,20 +113,28 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[=WEIGHT]",
         help="a run's folder, …/checkpoint-100 or a .safetensors file; repeatable, to mix several",
     )
-    parser.add_argument("--base-model", help="default: the one the run was trained on")
+    parser.add_argument(
+        "--base-model", type=typed_or_name, help="default: the one the run was trained on"
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="repeatable")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one a line; needs --out")
+    prompts.add_argument("--prompts", type=typed, metavar="FILE", help="one a line; needs --out")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for --prompts; the same command goes on in it"
+        "--out",
+        "--output",
+        type=new,
+        help="PNG file (out.png) or folder; --prompts: a folder, the same command goes on in it",
     )
     parser.add_argument("--negative-prompt")
     parser.add_argument("--seed", type=int, action="append", help="repeatable; default 42")
-    parser.add_argument("--output", type=Path, default=Path("out.png"), help="PNG file, or a folder")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (7.5)")
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="0: base model, 1: as trained")
-    parser.add_argument("--width", type=int, help="pixels; default: the model's own")
+    parser.add_argument(
+        "--steps", type=int, help="denoising steps; default: as the run recommends, or 25"
+    )
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the run's, or 7.5")
+    parser.add_argument(
+        "--lora-scale", type=float, help="0: base model, 1: as trained; default: the run's"
+    )
+    parser.add_argument("--width", type=int, help="pixels; default: the run's, or the model's own")
     parser.add_argument("--height", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     parser.set_defaults(run=_generate)
@@ -117,10 +143,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     kinds = ["peft", "diffusers", "kohya", "merged", "kohya-sd1"]
     parser.add_argument(
-        "--lora-weights", required=True, help="…/final, …/checkpoint-100 or a run's folder"
+        "--lora-weights", type=typed, required=True, help="…/final, …/checkpoint-100 or a run's folder"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--base-model", help="default: the one the run was trained on")
+    parser.add_argument("--out", "--output", type=new, required=True, help="a new folder")
+    parser.add_argument(
+        "--base-model", type=typed_or_name, help="default: the one the run was trained on"
+    )
     parser.add_argument(
         "--format",
         action="append",
@@ -132,7 +160,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="YAML with config, output_dir and grid")
+    parser.add_argument("file", type=typed, help="YAML with config, output_dir and grid")
     parser.add_argument(
         "--slurm",
         nargs="*",
@@ -166,7 +194,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    print(open_config(options.config, settings=options.set).to_yaml(), end="")
+    if options.schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    with contextlib.redirect_stdout(sys.stderr):  # So that what is printed can become a file.
+        config = open_config(options.config, settings=options.set)
+    print(config.to_yaml(comments=True), end="")
 
 
 def _download(options: argparse.Namespace) -> None:
@@ -182,15 +215,17 @@ def _download(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import batch, inference
     from bunny_lora.core.progress import progress
+    from bunny_lora.model import adapters
     from bunny_lora.training import distributed
 
-    if bool(options.prompts) != bool(options.out):
-        raise BunnyLoraError("--prompts FILE and --out FOLDER go together.")
+    if options.prompts and not options.out:
+        raise BunnyLoraError("--prompts FILE needs --out FOLDER: many images go into one folder.")
     prompts = batch.read_prompts(options.prompts) if options.prompts else options.prompt
-    weights = dict(map(weighted, options.lora_weights or ()))
+    named = map(weighted, options.lora_weights or ())
+    weights = {adapters.find_weights(path): weight for path, weight in named}
     pipe = inference.load_lora_pipeline(options.base_model, weights, options.device)
     seeds = options.seed or [42]
-    settings = {
+    typed_settings = {
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "negative_prompt": options.negative_prompt,
@@ -198,17 +233,38 @@ def _generate(options: argparse.Namespace) -> None:
         "height": options.height,
         "lora_scale": options.lora_scale,
     }
-    if options.out:
-        identity = batch.weights_identity(options.base_model, weights)
-        out_dir = resolve(options.out)
+    settings = {key: value for key, value in typed_settings.items() if value is not None}
+    print(_recommendation(pipe, settings), end="")
+    if options.prompts:
+        made_by = batch.weights_identity(options.base_model, weights)
         with distributed.together(pipe.device) as group:
-            paths = batch.draw_batch(pipe, prompts, seeds, out_dir, identity, group=group, **settings)
+            paths = batch.draw_batch(
+                pipe, prompts, seeds, options.out, made_by, group=group, **settings
+            )
     else:
-        paths = output_paths(options.output, len(prompts), seeds)
+        paths = output_paths(options.out or new("out.png"), len(prompts), seeds)
         images = inference.generate_images(pipe, prompts, seeds, **settings)
         for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
             inference.save_image(image, path)
     print("\n".join(relative(path) for path in paths))
+
+
+def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any]) -> str:
+    """Return the line that says what a run's own recommendation decides; "" where nothing does."""
+    said = {
+        "num_inference_steps": "{} steps",
+        "guidance_scale": "guidance {}",
+        "width": "{} px wide",
+        "height": "{} px high",
+        "sampler": "{}",
+    }
+    recommended = pipe.recommended.model_dump() if pipe.recommended else {}
+    parts = [
+        text.format(recommended[key])
+        for key, text in said.items()
+        if key in recommended and key not in typed_settings
+    ]
+    return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -218,10 +274,10 @@ def weighted(text: str) -> tuple[str, float]:
         BunnyLoraError: what follows the last "=" is no number.
     """
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
+    if not equals or typed(text).exists():
+        return str(typed(text)), 1.0
     try:
-        return path, float(weight)
+        return str(typed(path)), float(weight)
     except ValueError:
         raise BunnyLoraError(f"--lora-weights {text}: {weight} is no number.") from None
 
@@ -239,6 +295,11 @@ def _export(options: argparse.Namespace) -> None:
 def output_paths(output: Path, n_prompts: int, seeds: Sequence[int]) -> list[Path]:
     """Return where each picture goes: `output` itself for one, else a numbered name for each."""
     is_file = output.suffix.lower() == ".png"
+    if output.suffix and not is_file and not output.is_dir():
+        raise BunnyLoraError(
+            f"--out {output.name}: images are written as PNG, which keeps prompt and settings inside."
+            " Name a file that ends in .png, or a folder without a dot in its name."
+        )
     if is_file and n_prompts * len(seeds) == 1:
         return [output]
     folder, stem = (output.parent, f"{output.stem}-") if is_file else (output, "")
@@ -252,8 +313,6 @@ def _sweep(options: argparse.Namespace) -> None:
     folder, grid = sweep.read_sweep(options.file)
     todo = [run for run in grid if not run.done]
     print(f"{len(grid)} runs, {len(grid) - len(todo)} of them done")
-    if any(run.config.source == "bunny-world" for run in todo):
-        write_demo_film()
     if options.slurm is None:
         failures = sweep.sweep_here(todo)
     else:

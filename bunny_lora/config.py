@@ -6,15 +6,12 @@ key is read somewhere, an unknown one is an error, and all errors are shown at o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -22,169 +19,74 @@ from pydantic import (
     field_validator,
 )
 
-from bunny_lora.core import paths
+from bunny_lora.core import paths, schema
+from bunny_lora.core.explain import explain
+from bunny_lora.core.schema import is_section
+from bunny_lora.core.sections import (
+    EvaluationSection,
+    LoRASection,
+    PriorPreservationSection,
+    SamplingSection,
+    Section,
+    TrainingSection,
+)
 from bunny_lora.core.values import (
-    MAX_NUMBER,
-    MAX_SHOWN,
     OwnFolder,
     Recorded,
-    is_text,
-    kinds_of,
     shown,
     split_revision,
 )
-from bunny_lora.core.yaml_file import parse_yaml
+from bunny_lora.core.yaml_file import SECTION, add_comments, parse_value, read_section
 from bunny_lora.errors import BunnyLoraError
 
 # An old document's name for the model: its maker's list holds no such repository.
 UNLISTED_MODELS = {"nota-ai/sd-v1-5-tiny": "nota-ai/bk-sdm-tiny"}
 
-# What other trainers call our keys, where the spelling alone would suggest another key.
-OTHER_NAMES = {
-    "max_steps": "training.max_train_steps",
-    "lr": "training.learning_rate",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "train_batch_size": "training.batch_size",
-    "pretrained_model_name_or_path": "base_model",
-}
-
-Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
-
-
-class Section(BaseModel):
-    """A part of the configuration: no unknown keys, no infinities, never changed after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _fits(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what would be taken for something else, or could not be written down again."""
-        kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and kinds & {int, float}:
-            raise ValueError(f"should be a number (got {value})")
-        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
-            raise ValueError(f"should be a smaller number (got {shown(value)})")
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and not is_text(text) for text in texts):
-            raise ValueError(f"has control characters or halves of characters in it: {shown(value)}")
-        return value
-
-
-class LoRASection(Section):
-    """Low-rank adapters, https://arxiv.org/abs/2106.09685: ΔW = (alpha / rank) · B · A."""
-
-    rank: int = Field(8, ge=1, le=4096)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] = Field(["to_k", "to_q", "to_v", "to_out.0"], min_length=1)
-    train_text_encoder: bool = False
-    text_encoder_target_modules: list[str] = Field(
-        ["q_proj", "k_proj", "v_proj", "out_proj"], min_length=1
-    )
-    # A LoRA to begin with instead of none, in any format that `generate` draws with.
-    start_from: Recorded | None = None
-
-
-class TrainingSection(Section):
-    """One step is one optimiser step on batch_size x gradient_accumulation_steps images."""
-
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Scheduler = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
-    max_train_steps: int = Field(500, ge=1)
-    batch_size: int = Field(1, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    gradient_checkpointing: bool = False
-    max_grad_norm: float = Field(1.0, gt=0)
-    # How likely each part of a caption, between commas, is left out; the first one and those
-    # with a character's name always stay.
-    caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
-    # Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556; its authors use 5. None: all alike.
-    snr_gamma: float | None = Field(None, gt=0)
-    seed: int = Field(42, ge=0)
-    save_steps: int = Field(100, ge=1)
-    # Between those, a checkpoint to go on from each so many minutes; only the newest two of these stay.
-    save_minutes: float | None = Field(10.0, gt=0)
-    # How many checkpoints of save_steps stay; None: all. Those marked by a file `keep` always do.
-    keep_checkpoints: int | None = Field(None, ge=1)
-    logging_steps: int = Field(10, ge=1)
-    validation_prompt: str | list[str] = Field(default_factory=list)
-    num_validation_images: int = Field(2, ge=0)
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no_is_a_word(cls, value: Any) -> Any:
-        """YAML 1.1 reads a bare `no` as false; here it is one of the precisions."""
-        return "no" if value is False else value
-
-    @property
-    def validation_prompts(self) -> list[str]:
-        """The validation prompts as a list, however they were written."""
-        prompts = self.validation_prompt
-        return [prompts] if isinstance(prompts, str) else prompts
-
-
-class PriorPreservationSection(Section):
-    """DreamBooth's prior preservation, https://arxiv.org/abs/2208.12242, section 4.2."""
-
-    enabled: bool = False
-    num_class_images: int = Field(100, ge=1)
-    class_prompt: str = Field("cartoon character", min_length=1)
-    class_data_dir: OwnFolder = "training_data/class_images"
-    prior_loss_weight: float = Field(1.0, ge=0)
-
-
-class SamplingSection(Section):
-    """How pictures are drawn for validation, class images and evaluation."""
-
-    num_inference_steps: int = Field(25, ge=1)
-    guidance_scale: float = Field(7.5, ge=0)
-
-
-class EvaluationSection(Section):
-    """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
-
-    prompts: list[str] = Field(
-        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"],
-        min_length=1,
-    )
-    num_images_per_prompt: int = Field(2, ge=1)
-    seed: int = Field(1000, ge=0)
-    features: str = "palette"
+RESUME_TAKES = "takes auto, never, or a checkpoint: its step, its folder's name or path"
 
 
 class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
-    # A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch.
     base_model: Recorded = "nota-ai/bk-sdm-tiny"
+    """A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch."""
     method: Literal["lora"] = "lora"
+    """What is trained; the only one there is."""
     output_dir: OwnFolder = "outputs/lora_weights"
+    """The run's folder; one folder is one run."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """auto: cuda where there is a usable GPU, else cpu."""
     source: Recorded = "auto"
+    """A stage-4 run or a folder of pictures. auto: the newest in outputs/; bunny-world: the demo's."""
     min_confidence: float = Field(0.5, ge=0, le=1)
-    # Pictures are read inside the project and the run only; this follows recorded paths anywhere.
+    """Frames that stage 4 was less sure of than this, from 0 to 1, are left out."""
     allow_outside_paths: bool = False
+    """Pictures are read inside the project and the run only; this follows recorded paths anywhere."""
     data_dir: OwnFolder = "training_data/instance_images"
-    # Which column of a folder's table holds the captions; none: `text`, or else `caption` or `prompt`.
+    """Where the training data is prepared, or lies already."""
     caption_column: str | None = None
+    """Which column of a folder's table holds the captions; null: `text`, else `caption` or `prompt`."""
     instance_prompt: str = "cartoon character"
+    """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
+    """Pixels a side; best what the base model was taught at."""
     center_crop: bool = True
+    """Train on the middle square; false: on squares from all over the picture, with its faces."""
     random_flip: bool = False
-    # A picture of one character whose face was found is shown from near as often as whole.
+    """Show pictures mirrored as often as not; wrong for characters whose sides differ."""
     zoom_on_faces: bool = False
-    # Show pictures of rare characters as often as it takes for all to be seen about equally often.
+    """A picture of one character whose face was found is shown from near as often as whole."""
     balance_characters: bool = False
+    """Show pictures of rare characters more often, so that all are seen about as often."""
     num_workers: int = Field(0, ge=0, le=256)
+    """Processes that read pictures, as in torch's DataLoader."""
     pin_memory: bool = False
+    """As in torch's DataLoader: faster copies to a GPU."""
     use_8bit_adam: bool = False
-    resume: int | str = "auto"  # "never", or a checkpoint: its step, its folder's name or path
+    """Optimiser state in 8 bits; needs the bitsandbytes package."""
+    resume: int | str = "auto"
+    """auto: go on from the last checkpoint. never: begin anew, the old run is kept. Or a checkpoint:
+    its step, its folder's name or path."""
     lora: LoRASection = LoRASection()
     training: TrainingSection = TrainingSection()
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
@@ -202,6 +104,19 @@ class Config(Section):
                 f"{value} is a name from old documents that its maker does not list;"
                 f" the small Stable Diffusion meant is {suggestion}: set base_model: {suggestion}"
             )
+        return value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _whether_or_where(cls, value: Any) -> Any:
+        """Understand `no` and `yes` too, which YAML reads as false and true, and a shell as words."""
+        word = str(value).strip().lower() if isinstance(value, str | bool) else value
+        if word in ("no", "off", "false"):
+            return "never"
+        if word in ("yes", "on", "true"):
+            return "auto"
+        if not word or not isinstance(word, str | int) or (isinstance(word, int) and word < 0):
+            raise ValueError(f"{RESUME_TAKES} (got {shown(value)})")
         return value
 
     # Checks across keys hang on one of them each, so that one mistake does not hide the other.
@@ -226,9 +141,16 @@ class Config(Section):
         """Whether the user set a key at the top, be it to its default."""
         return key in self._given
 
-    def to_yaml(self) -> str:
-        """Return the resolved configuration as a file that `load_config` reads back to the same."""
-        return _as_file(self.model_dump(mode="json"))
+    def to_yaml(self, *, comments: bool = False) -> str:
+        """Return the resolved configuration as a file that `load_config` reads back to the same.
+
+        Args:
+            comments: above each key, what it means.
+        """
+        text = _as_file(self.model_dump(mode="json"))
+        if not comments:
+            return text
+        return add_comments(text, schema.comments(Config, SECTION))
 
     def given_yaml(self) -> str:
         """Return only what the user set, in the file and beside it, as such a file."""
@@ -244,7 +166,7 @@ def _only(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _as_file(section: Mapping[str, Any]) -> str:
-    return yaml.safe_dump({"finetuning": dict(section)}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({SECTION: dict(section)}, sort_keys=False, allow_unicode=True)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,8 +174,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = merge(old, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
+            value = merge(old, value or {})  # None: a section with every key commented out.
         merged[key] = value
     return merged
 
@@ -272,44 +194,24 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     return validate(merge(section, overrides or {}), where=str(path or "the configuration"))
 
 
-def read_section(path: Path) -> dict[str, Any]:
-    """Return the raw `finetuning:` section of a YAML file.
-
-    Raises:
-        BunnyLoraError: no such file, no YAML, or no such section.
-    """
-    try:
-        data = parse_yaml(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise BunnyLoraError(f"No configuration at {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        raise BunnyLoraError(message) from None
-    except ValueError as error:  # An impossible name (NUL) too.
-        raise BunnyLoraError(f"{path} is not a YAML file we can read: {error}") from error
-    if not isinstance(data, dict) or "finetuning" not in data:
-        raise BunnyLoraError(f"{path} has no `finetuning:` section; see params/cpu.yaml for one.")
-    section = {} if data["finetuning"] is None else data["finetuning"]  # All commented out: defaults.
-    if not isinstance(section, dict):
-        raise BunnyLoraError(
-            f"{path}: `finetuning:` holds no keys but {shown(section)}; see params/cpu.yaml."
-        )
-    return section
-
-
 def validate(section: Mapping[str, Any], where: str = "the configuration") -> Config:
     """Return the typed configuration.
 
     Raises:
         BunnyLoraError: one line for every wrong key and value.
     """
+    fields = schema.fields(Config)
+    empty = {
+        key for key in section if section[key] is None and key in fields and is_section(fields[key])
+    }
+    section = {key: value for key, value in section.items() if key not in empty}
     try:
         config = Config.model_validate(section)
     except ValidationError as error:
-        lines = [f"  - {_explain(item)}" for item in error.errors()]
+        lines = [f"  - {explain(item, list(fields))}" for item in error.errors()]
         count = f"{len(lines)} error{'s' * (len(lines) > 1)}"
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
-    config._given = dict(section)
+    config._given = section
     return config
 
 
@@ -330,46 +232,23 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
         BunnyLoraError: there is no `=` in the assignment, or its value is no YAML.
     """
     dotted, equals, value = assignment.partition("=")
-    if not equals:
+    if not equals or not all(part.strip() for part in dotted.split(".")):
         raise BunnyLoraError(
             f"--set takes key=value, as in training.max_train_steps=5; got {assignment}"
         )
     try:
-        set_key(overrides, dotted, parse_yaml(value))
+        set_key(overrides, dotted, parse_value(value))
     except ValueError as error:
-        raise BunnyLoraError(f"--set {assignment}: the value is not YAML: {error}") from error
-
-
-def _explain(item: Any) -> str:
-    location = [str(part)[:MAX_SHOWN] for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        return f"{'.'.join(location)}: unknown key{_nearest(location)}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    given = "" if item["type"] == "value_error" else f" (got {shown(item['input'])})"
-    return f"{'.'.join(location)}: {message}{given}"
+        raise BunnyLoraError(
+            f"--set {assignment}: the value is not YAML that we can read: {error}"
+        ) from error
 
 
 def known_keys() -> list[str]:
-    """Return every key of the configuration, dotted."""
-    keys = []
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
+    """Return every key of the configuration, dotted; a section is none."""
+    return [key for key, field in schema.fields(Config).items() if not is_section(field)]
 
 
-def _nearest(location: list[str]) -> str:
-    dotted, leaf = ".".join(location), location[-1]
-    if leaf in OTHER_NAMES:
-        return f"; did you mean {OTHER_NAMES[leaf]}?"
-    same_leaf = [key for key in known_keys() if key.split(".")[-1] == leaf]
-    by_leaf = {key.split(".")[-1]: key for key in known_keys()}
-    near = difflib.get_close_matches(dotted, known_keys(), 1, 0.6)
-    near_leaf = [by_leaf[key] for key in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
-    candidates = same_leaf or near or near_leaf
-    return f"; did you mean {candidates[0]}?" if candidates else ""
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a file with a `finetuning:` section, for editors."""
+    return schema.of_file(Config, SECTION)

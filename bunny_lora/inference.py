@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from bunny_lora.config import load_config
-from bunny_lora.core import files, paths
+from bunny_lora.core import paths
+from bunny_lora.core.image_file import image_settings, save_image
 from bunny_lora.core.values import with_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats
-from bunny_lora.model.adapter_files import read_config
-from bunny_lora.training.handover import HANDOVER, read_handover
+from bunny_lora.training.handover import (
+    HANDOVER,
+    Recommended,
+    read_handover,
+    recommended_by,
+    recorded_precision,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+__all__ = [
+    "default_settings",
+    "generate_image",
+    "generate_images",
+    "load_lora_pipeline",
+    "load_run",
+    "recommended",
+    "save_image",
+]
+
+ON_THE_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(@.+)?")
 
 
 def load_lora_pipeline(
@@ -51,22 +68,20 @@ def load_lora_pipeline(
         dtype = run_dtype(first, place)
     base_model = base_model or recorded_base_model(first)
     parts = components.load_components(base_model, place, dtype)
-    if first is not None and found == {first: 1.0} and first.is_dir():
-        for part, folder in adapters.adapter_parts(first).items():
-            adapters.load_adapter(getattr(parts, part), folder)
-    elif found:
+    if found:
         models = {part: getattr(parts, part) for part in formats.PARTS}
         loras = [(formats.read_lora(path, models), weight) for path, weight in found.items()]
         for part, modules in formats.combined(loras).items():
             adapters.attach_modules(models[part], modules)
-    return components.pipeline_from(parts, base_model)
+    pipe = components.pipeline_from(parts, base_model)
+    pipe.recommended = recommended(first)
+    return pipe
 
 
 def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:
     """Return a pipeline that draws as a finished run recommends: `load_run("outputs/lora_weights")`.
 
-    Everything comes from the run's `handover.json`; its `recommended` steps and size are for the caller
-    to pass on, see `handover.read_handover`.
+    Everything comes from the run's `handover.json`, its `recommended` steps, guidance and size too.
 
     Raises:
         BunnyLoraError: no run there, or its weights are not those that it was handed over with.
@@ -78,34 +93,76 @@ def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipelin
             f"The weights in {weights_dir} are not those that {HANDOVER} was written for; run"
             " `bunny-lora train` again to write it anew."
         )
-    weights = {weights_dir: told.recommended.lora_scale}
-    return load_lora_pipeline(with_revision(told.base_model, told.base_revision), weights, device)
+    return load_lora_pipeline(with_revision(told.base_model, told.base_revision), weights_dir, device)
 
 
-def recorded_base_model(weights_dir: Path | None) -> str:
-    """Return the base model that an adapter was trained on.
+def run_folder(weights: Path | None) -> Path | None:
+    """Return the run that weights lie in: `…/final`, `…/checkpoint-100`, or one part of them."""
+    if weights is None:
+        return None
+    folder = weights.parent if weights.name not in formats.PARTS else weights.parent.parent
+    return folder if weights.is_dir() and (folder / "config.yaml").is_file() else None
+
+
+def recorded_base_model(weights: Path | None) -> str:
+    """Return the base model that a LoRA was trained on.
+
+    Args:
+        weights: from `adapters.find_weights`.
 
     Raises:
-        BunnyLoraError: it is recorded nowhere.
+        BunnyLoraError: it is recorded nowhere, or what is recorded is no model's name.
     """
-    if weights_dir is not None and weights_dir.is_dir():
-        if (weights_dir.parent / "config.yaml").is_file():
-            return load_config(weights_dir.parent / "config.yaml").base_model
-        folder = next(iter(adapters.adapter_parts(weights_dir).values()))
-        recorded = read_config(folder)
-        if name := recorded.base_model_name_or_path:
-            return with_revision(name, recorded.revision)
-    raise BunnyLoraError("The base model is recorded nowhere; name it: base_model=… or --base-model.")
+    advice = "name it: base_model=… or --base-model"
+    if weights is None:
+        raise BunnyLoraError(f"There is no LoRA that records a base model; {advice}.")
+    if run := run_folder(weights):
+        return load_config(run / "config.yaml").base_model
+    name = formats.recorded_base(weights)
+    if not name:
+        raise BunnyLoraError(f"{weights} does not record the base model it was trained on; {advice}.")
+    # Other trainers record the name of a file that only they had.
+    if weights.is_file() and not (components.folder_here(name) or ON_THE_HUB.fullmatch(name)):
+        raise BunnyLoraError(
+            f"{weights} was trained on {name!r}, which is no folder here and no name on the hub;"
+            f" {advice}."
+        )
+    return name
 
 
-def run_dtype(weights_dir: Path | None, device: torch.device) -> torch.dtype:
-    """Return the precision that a run was trained in, so that its pictures match its samples."""
-    if weights_dir is None or weights_dir.is_file():
+def run_dtype(weights: Path | None, device: torch.device) -> torch.dtype:
+    """Return the precision that a run was trained in, so that its images match its samples.
+
+    A run that recorded none is of before records: its configuration is resolved on this machine.
+    float16 is for GPUs alone: on a CPU such a run draws in float32, and that is said.
+    """
+    run = run_folder(weights)
+    if weights is None or run is None:
         return torch.float32
-    if not (weights_dir.parent / "config.yaml").is_file():
+    if recorded := recorded_precision(run, weights):
+        dtype = getattr(torch, recorded)
+    else:
+        dtype = devices.resolve_dtype(load_config(run / "config.yaml").training.mixed_precision, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        print("This run was trained in float16, which a CPU cannot well draw in: drawn in float32.")
         return torch.float32
-    training = load_config(weights_dir.parent / "config.yaml").training
-    return devices.resolve_dtype(training.mixed_precision, device)
+    return dtype
+
+
+def recommended(weights: Path | None) -> Recommended | None:
+    """Return how the run of some weights is to be drawn with; None where nobody says so.
+
+    A finished run says it in `handover.json`, one that is still training in its `config.yaml`.
+
+    Raises:
+        BunnyLoraError: one of these files is damaged.
+    """
+    run = run_folder(weights)
+    if run is None:
+        return None
+    if (run / HANDOVER).is_file():
+        return read_handover(run).recommended
+    return recommended_by(load_config(run / "config.yaml"))
 
 
 def generate_image(
@@ -113,55 +170,59 @@ def generate_image(
     prompt: str,
     *,
     seed: int = 42,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 7.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     width: int | None = None,
     height: int | None = None,
-    lora_scale: float = 1.0,
+    lora_scale: float | None = None,
 ) -> Image.Image:
-    """Draw one picture; its `info` carries prompt, seed and settings, and `save_image` keeps them.
+    """Draw one image; its `info` carries prompt, seed and settings, and `save_image` keeps them.
+
+    What is None is as the run of the weights recommends, or else diffusers' usual.
 
     Args:
         pipe: from `load_lora_pipeline`.
         prompt: what to draw.
-        seed: the same seed gives the same picture, alone or among others; as in diffusers,
+        seed: the same seed gives the same image, alone or among others; as in diffusers,
             `torch.Generator("cpu").manual_seed(seed)`.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance, https://arxiv.org/abs/2207.12598; 1 and below is off.
+        num_inference_steps: denoising steps; else 25.
+        guidance_scale: classifier-free guidance, https://arxiv.org/abs/2207.12598; 1 and below is off;
+            else 7.5.
         negative_prompt: what to steer away from.
-        width: pixels, a multiple of 8; None is the model's own size.
+        width: pixels, a multiple of 8; else the model's own size.
         height: likewise.
-        lora_scale: strength of the adapter, 0 (the base model) to 1 (as trained) and beyond.
+        lora_scale: strength of the adapter, 0 (the base model) to 1 (as trained) and beyond; else 1.
 
     Raises:
-        BunnyLoraError: width or height is no positive multiple of 8, or the seed no 64-bit number.
+        BunnyLoraError: a setting is out of range.
     """
-    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width, height = native if width is None else width, native if height is None else height
-    _refuse_impossible(width, height, seed)
-    prompt = prompt.encode("utf-8", "replace").decode()  # A command line may hold bytes of no text.
-    settings: dict[str, Any] = {
-        "seed": seed,
+    given = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "width": width,
         "height": height,
-        "negative_prompt": negative_prompt,
         "lora_scale": lora_scale,
     }
-    image = components.draw_image(pipe, prompt, **settings)
-    image.info["parameters"] = json.dumps({"prompt": prompt} | settings, ensure_ascii=False)
-    return image
+    overrides = {key: value for key, value in given.items() if value is not None}
+    settings = image_settings(
+        **default_settings(pipe) | overrides, prompt=prompt, seed=seed, negative_prompt=negative_prompt
+    )
+    return components.draw_image(pipe, settings)
 
 
-def _refuse_impossible(width: int, height: int, seed: int) -> None:
-    if width % 8 or height % 8 or min(width, height) < 8:
-        raise BunnyLoraError(
-            f"{width} x {height} pixels cannot be drawn: width and height must be multiples of 8."
-        )
-    if not 0 <= seed < 2**64:
-        raise BunnyLoraError(f"seed {seed} cannot be used: it must be from 0 to 2^64 - 1.")
+def default_settings(pipe: StableDiffusionPipeline) -> dict[str, Any]:
+    """Return how a pipeline draws unless told otherwise: as its run recommends, see `recommended`."""
+    native = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    usual = Recommended(
+        lora_scale=1.0,
+        num_inference_steps=25,
+        guidance_scale=7.5,
+        width=native,
+        height=native,
+        sampler=type(pipe.scheduler).__name__,
+    )
+    return (getattr(pipe, "recommended", None) or usual).model_dump()
 
 
 def generate_images(
@@ -172,32 +233,3 @@ def generate_images(
     for prompt in prompts:
         for seed in seeds:
             yield generate_image(pipe, prompt, seed=seed, **settings)
-
-
-def told(image: Image.Image, more: Mapping[str, Any]) -> Image.Image:
-    """Have an image of `generate_image` tell more of what made it; returns the image."""
-    made = json.loads(image.info["parameters"]) | dict(more)
-    image.info["parameters"] = json.dumps(made, ensure_ascii=False)
-    return image
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically, with the picture's settings in its `parameters` text."""
-    metadata = PngInfo()
-    if "parameters" in image.info:
-        # A prompt from a command line may hold bytes that are no text.
-        text = image.info["parameters"].encode("utf-8", "replace").decode()
-        metadata.add_itxt("parameters", text)
-    with files.atomic_path(path) as part:
-        image.save(part, format="PNG", pnginfo=metadata)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings that `save_image` put into a PNG; None of any other file."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # The text may follow the pixels.
-            settings = json.loads(image.info["parameters"])
-    except Exception:  # Pillow's decoders raise whatever they trip over.
-        return None
-    return settings if isinstance(settings, dict) else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
-from bunny_lora.core import paths
+from bunny_lora.core import files, paths, ranks
 from bunny_lora.core.files import is_inside
 from bunny_lora.data import frames, writing
 from bunny_lora.data.folder import CAPTION_NOT_READ, READ
@@ -21,6 +22,7 @@ SETTINGS = (
     "base_model",
 )  # fmt: skip
 """What prepared data depend on, `base_model` for its tokenizer."""
+FILM_RECORD = "drawn_by.json"
 
 
 def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def source_changed(config: Config) -> bool:
 
 
 def _read(config: Config) -> frames.Source:
+    if config.source == "bunny-world" and ranks.is_main_process():
+        draw_demo_film()
     return stage4.read_source(
         stage4.find_source(config.source),
         min_confidence=config.min_confidence,
@@ -125,3 +129,35 @@ def _refuse_captionless(data: Mapping[str, Any], config: Config, folder: Path) -
         f" Captions are read from {READ}.{found} If one caption for all is meant, {away}say which:"
         " --set instance_prompt='zorblax the fox', or instance_prompt: in the configuration."
     )
+
+
+def draw_demo_film() -> None:
+    """Draw the demo's own stage-4 run, unless the one that is there is what this version would draw.
+
+    It says which it is, in its `drawn_by.json`: a hash over the code that draws, and one over what that
+    made, so that neither another version's film nor one that was edited is taken for it.
+    """
+    from bunny_lora.world.film import write_film
+
+    folder = paths.demo_film_dir()
+    code = files.sha256(*sorted((paths.PACKAGE_DIR / "world").glob("*.py")))
+    is_there = folder.exists()
+    if is_there and _film_record(folder) == {"code": code, "film": _film_sha256(folder)}:
+        return
+    with files.atomic_path(folder) as part:
+        write_film(part)
+        files.write_json(part / FILM_RECORD, {"code": code, "film": _film_sha256(part)})
+    why = ", drawn anew: the one that was there is not what this version draws" if is_there else ""
+    print(f"The demo's film: {paths.relative(folder)}{why}")
+
+
+def _film_sha256(folder: Path) -> str:
+    names = (path for path in folder.rglob("*") if path.is_file() and path.name != FILM_RECORD)
+    return files.sha256(*sorted(names))
+
+
+def _film_record(folder: Path) -> Any:
+    try:
+        return json.loads((folder / FILM_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

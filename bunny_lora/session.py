@@ -11,7 +11,7 @@ from typing import Any
 
 from bunny_lora import config as configuration
 from bunny_lora.config import Config
-from bunny_lora.core import files, paths, ranks
+from bunny_lora.core import paths
 from bunny_lora.core.progress import in_notebook
 from bunny_lora.errors import BunnyLoraError
 
@@ -56,8 +56,6 @@ def open_config(
     path, reason = _choose(config_path, finetuning, overrides)
     config = configuration.load_config(path, overrides)
     print(f"Configuration: {paths.relative(path) if path else 'no file'} ({reason})")
-    if config.source == "bunny-world" and ranks.is_main_process():
-        write_demo_film()
     return config
 
 
@@ -65,24 +63,10 @@ def _choose(
     config_path: str | Path | None, finetuning: object, overrides: Mapping[str, Any]
 ) -> tuple[Path | None, str]:
     if config_path is not None:
-        path = Path(config_path).expanduser()
-        return (path if path.is_file() else paths.resolve(path)), "named by you"
+        return paths.typed(config_path), "named by you"
     if finetuning is not None:
         return None, "the `finetuning` parameter over the defaults"
     return paths.choose_params(overrides)
-
-
-def write_demo_film() -> None:
-    """Draw the demo's own stage-4 run, and say where it is.
-
-    Every time: it takes a second, and one that an older version drew would be another film.
-    """
-    from bunny_lora.world.film import write_film
-
-    folder = paths.demo_film_dir()
-    with files.atomic_path(folder) as part:
-        write_film(part)
-    print(f"The demo's film: {paths.relative(folder)}")
 
 
 def reject_unknown_parameters() -> None:

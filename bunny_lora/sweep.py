@@ -24,8 +24,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from bunny_lora import prepare
-from bunny_lora.config import Config, Section, load_config, set_key
-from bunny_lora.core import files, paths
+from bunny_lora.config import Config, load_config, set_key
+from bunny_lora.core import eval_result, files, paths
+from bunny_lora.core.eval_result import MEASURES
+from bunny_lora.core.sections import Section
 from bunny_lora.core.values import OwnFolder
 from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
@@ -33,7 +35,6 @@ from bunny_lora.evaluation import evaluate
 from bunny_lora.trainer import LoRATrainer
 
 LEADERBOARD = "leaderboard.csv"
-MEASURES = ("fidelity", "separation", "consistency", "max_copy")
 
 
 class _File(Section):
@@ -57,9 +58,8 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it was trained and evaluated with exactly this configuration."""
-        path = self.folder / "evaluation" / "eval.json"
-        judged = files.read_json(path)["run_info"]["config"] if path.is_file() else None
-        return judged == self.config.model_dump(mode="json")
+        result = eval_result.find(self.folder)
+        return result is not None and result.run_info.config == self.config.model_dump(mode="json")
 
 
 def read_sweep(path: Path) -> tuple[Path, list[Run]]:
@@ -185,12 +185,12 @@ def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
     for run in sweep:
         if not run.done:
             continue
-        measures = files.read_json(run.folder / "evaluation" / "eval.json")["models"]["final"]["all"]
+        measures = eval_result.read(run.folder).models["final"].all
         row: dict[str, Any] = dict(run.settings)
         for name in MEASURES:
-            found = measures[name] or {}
-            row |= {name: found.get("mean")}
-            row |= {f"{name}_low": found.get("low"), f"{name}_high": found.get("high")}
+            value = getattr(measures, name)
+            for column, end in ((name, "mean"), (f"{name}_low", "low"), (f"{name}_high", "high")):
+                row[column] = value and getattr(value, end)
         rows.append(row | {"run": paths.relative(run.folder)})
     rows.sort(key=lambda row: -(row["fidelity"] or 0.0))
     text = io.StringIO()

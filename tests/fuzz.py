@@ -15,6 +15,7 @@ import atheris
 
 with atheris.instrument_imports(include=["bunny_lora"]):
     from bunny_lora import dataset, errors, inference, stage4
+    from bunny_lora.core.image_file import read_metadata
     from bunny_lora.data import captions, images
     from bunny_lora.data.metadata import _line
     from bunny_lora.data.summary import describe
@@ -96,13 +97,13 @@ def png(data: bytes) -> None:
     image.info["parameters"] = json.dumps({"prompt": prompt}, ensure_ascii=False)
     inference.save_image(image, path)
     expected = {"prompt": prompt.encode("utf-8", "replace").decode()}
-    assert inference.read_settings(path) == expected
+    assert read_metadata(path) == expected
     spoilt = bytearray(path.read_bytes())
     while provider.remaining_bytes() > 3:
         place = provider.ConsumeIntInRange(0, len(spoilt) - 1)
         spoilt[place] = provider.ConsumeIntInRange(0, 255)
     path.write_bytes(spoilt[: provider.ConsumeIntInRange(0, len(spoilt))])
-    assert inference.read_settings(path) is None or isinstance(inference.read_settings(path), dict)
+    assert read_metadata(path) is None or isinstance(read_metadata(path), dict)
     with contextlib.suppress(errors.LeftOutError):
         images.inspect(path)
 

@@ -37,8 +37,7 @@ FILES = {
         r"- 1: Keys should be strings.*(?s:.*)- None: ",
     ),
     "a list as a key": ("finetuning: {[a]: 2}", "unhashable key"),
-    "a date that is none": ("finetuning: {source: 2020-99-99}", "month must be"),
-    "a date": ("finetuning: {source: 2020-01-01}", r"source: Input should be a valid string \(got dat"),
+    "a time of day": ("finetuning: {lora: {rank: 10:30}}", r"rank: .*integer \(got '10:30'\)"),
     "endless digits": ("finetuning: {lora: {rank: " + "9" * 5000 + "}}", "not a YAML file"),
     "endless hex": (
         "finetuning: {lora: {rank: 0x" + "f" * 6000 + "}}",
@@ -60,10 +59,10 @@ FILES = {
 def test_a_file_gone_wrong_is_refused_at_once_and_in_words(tmp_path, name):
     text, message = FILES[name]
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BunnyLoraError, match=f"(?s)a.yaml.*{message}") as error:
         load_config(tmp_path / "a.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(error.value)) < 2000
 
 
@@ -104,7 +103,47 @@ def test_any_junk_under_any_key_is_taken_or_refused_by_name(key):
             assert yaml.safe_load(config.to_yaml())["finetuning"] == config.model_dump(mode="json")
 
 
-@pytest.mark.parametrize("key", ["lora.rank", "lora.alpha", "training.seed", "training.snr_gamma"])
+AS_WRITTEN = ["0123", "-0123", "0_7", "10:30", "1:30.5", "2020-01-31", "2020-99-99"]
+
+
+@pytest.mark.parametrize("written", AS_WRITTEN)
+def test_what_only_old_yaml_takes_for_a_number_or_a_date_is_read_as_written(tmp_path, written):
+    text = f"finetuning: {{source: {written}, evaluation: {{prompts: [{written}]}}}}"
+    (tmp_path / "a.yaml").write_text(text)
+    config = load_config(tmp_path / "a.yaml")
+    assert (config.source, config.evaluation.prompts) == (written, [written])
+    (tmp_path / "a.yaml").write_text(config.to_yaml(comments=True))
+    assert load_config(tmp_path / "a.yaml").model_dump() == config.model_dump()
+
+
+def test_zeros_before_a_number_do_not_make_it_octal():
+    overrides: dict = {}
+    assign(overrides, "training.seed=0123")
+    assert validate(overrides).training.seed == 123
+
+
+NO_TEXT = {"yes": "True", "42": "42", "1.10": "1.1", "{name}": "{'name': None}", "": "None"}
+
+
+@pytest.mark.parametrize("key", ["instance_prompt", "training.validation_prompt", "evaluation.prompts"])
+@pytest.mark.parametrize("written", NO_TEXT)
+def test_what_yaml_takes_for_no_text_is_refused_in_one_line(key, written):
+    for value in (written, f"[{written or '~'}]"):
+        overrides: dict = {}
+        assign(overrides, f"{key}={value}")
+        with pytest.raises(BunnyLoraError) as error:
+            validate(overrides)
+        (line,) = str(error.value).splitlines()[1:]
+        assert line == f"  - {key}: should be text, in quotes if need be (got {NO_TEXT[written]})"
+
+
+@pytest.mark.parametrize("key", ["snr_gamma", "save_minutes", "keep_checkpoints"])
+def test_no_where_a_number_or_nothing_is_meant_says_how_nothing_is_written(key):
+    with pytest.raises(BunnyLoraError, match=rf"{key}: should be a number or null \(got False\)"):
+        validate({"training": {key: False}})
+
+
+@pytest.mark.parametrize("key", ["lora.rank", "lora.alpha", "training.seed", "training.max_grad_norm"])
 def test_true_is_no_number(key):
     section: dict = {}
     set_key(section, key, True)
@@ -150,7 +189,7 @@ def test_any_section_is_refused_in_words_or_reads_back_to_the_same(tmp_path, val
     except BunnyLoraError as error:
         assert "`finetuning:`" in str(error)
         return
-    for text in (config.to_yaml(), config.given_yaml()):
+    for text in (config.to_yaml(comments=True), config.given_yaml()):
         (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
         assert load_config(tmp_path / "again.yaml").model_dump() == config.model_dump()
 
@@ -165,7 +204,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 def test_valid_values_read_back_to_the_same(tmp_path, text, prompts, seed, rate):
     training = {"validation_prompt": prompts, "seed": seed, "learning_rate": rate}
     config = validate({"instance_prompt": text, "training": training})
-    (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (tmp_path / "again.yaml").write_text(config.to_yaml(comments=True), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml").model_dump() == config.model_dump()
     assert config.training.validation_prompts == prompts
 

@@ -40,6 +40,19 @@ def test_a_batch_goes_on_and_draws_anew_what_changed(
     assert len(redrawn(["ellie", "rex at night"], {"loras": [["abc", 0.5]]})) == 4
 
 
+@pytest.mark.parametrize("setting", [{"negative_prompt": "blurry"}, {"width": 32}, {"lora_scale": 0.5}])
+def test_an_image_is_stale_when_a_setting_that_drew_it_is_left_out(
+    pipe: StableDiffusionPipeline, tmp_path: Path, setting: dict
+) -> None:
+    drawn = []
+    for settings in (setting, {}, {}):
+        settings = {"num_inference_steps": 1} | settings
+        (path,) = batch.draw_batch(pipe, ["ellie"], [1], tmp_path, {}, **settings)
+        drawn.append((path.stat().st_mtime_ns, path.read_bytes()))
+    assert drawn[0][1] != drawn[1][1]
+    assert drawn[1] == drawn[2]
+
+
 def test_contact_sheets_hold_a_dozen_prompts_each(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -70,4 +83,4 @@ def test_the_command_line_draws_batches(
     assert cli.main([*order, "--out", "outputs/many"]) == 0
     assert capsys.readouterr().out.split() == ["outputs/many/0000-42.png", "outputs/many/0001-42.png"]
     assert cli.main(order) == 2
-    assert "go together" in capsys.readouterr().err
+    assert "needs --out" in capsys.readouterr().err

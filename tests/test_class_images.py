@@ -31,7 +31,7 @@ def load(tiny_model: str, prior: dict | None = None, **overrides: object) -> LoR
 
 
 def captions(trainer: LoRATrainer) -> dict[str, str]:
-    return {sample.path.name: sample.caption for sample in trainer.learner.class_images.samples}
+    return {sample.path.name: sample.caption for sample in trainer.setup.learner.class_images.samples}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

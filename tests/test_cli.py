@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import draw_frames, tiny_config
 from PIL import Image
 
 from bunny_lora import cli
+from bunny_lora.config import json_schema, load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import hub
 from bunny_lora.world.film import write_film
@@ -60,8 +60,15 @@ def test_config_prints_a_file_that_can_be_read_back(
     config_file: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cli.main(["config", "--config", str(config_file), "--set", "training.seed=5"])
-    text = capsys.readouterr().out.partition("\n")[2]
-    assert yaml.safe_load(text)["finetuning"]["training"]["seed"] == 5
+    printed = capsys.readouterr()
+    config_file.write_text(printed.out)
+    assert load_config(config_file).training.seed == 5
+    assert "# Denoising steps a picture" in printed.out and "named by you" in printed.err
+
+
+def test_config_prints_the_schema_alone(project: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["config", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
 
 
 def test_download_fetches_the_named_model_or_the_configurations(
@@ -83,6 +90,63 @@ def test_a_mistake_is_one_message_and_status_2(project: Path) -> None:
     assert "No configuration at" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_what_is_typed_starts_at_the_working_folder_and_yaml_at_the_root(
+    config_file: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = project / "notebooks"
+    (here / "prompts.txt").write_text("ellie\n")
+    monkeypatch.chdir(here)
+    size = ["--width", "32", "--height", "32", "--steps", "1"]
+    assert cli.main(["train", "--config", "params/tiny.yaml"]) == 0
+    assert (project / "run" / "final").is_dir(), "output_dir of the YAML starts at the root"
+    one = ["generate", "--lora-weights", "run", "--prompt", "ellie", *size]
+    assert cli.main(one) == 0
+    assert cli.main([*one, "--output", "made/two.png"]) == 0
+    many = ["generate", "--lora-weights", "run/final", "--prompts", "prompts.txt", *size]
+    assert cli.main([*many, "--out", "many"]) == 0
+    assert (
+        cli.main(["export", "--lora-weights", "run", "--output", "exported", "--format", "peft"]) == 0
+    )
+    made = {path.name for path in here.iterdir()} - {"prompts.txt"}
+    assert made == {"out.png", "made", "many", "exported"}
+    assert (here / "many" / "0000-42.png").is_file() and (here / "made" / "two.png").is_file()
+
+
+def test_what_lies_in_both_is_taken_from_the_working_folder(
+    config_file: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (project / "notebooks" / "params").mkdir()
+    text = config_file.read_text()
+    (project / "notebooks" / "params" / "tiny.yaml").write_text(text.replace("seed: 42", "seed: 7"))
+    monkeypatch.chdir(project / "notebooks")
+    assert cli.main(["config", "--config", "params/tiny.yaml"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--steps", "0"], "num_inference_steps 0"),
+        (["--guidance", "nan"], "guidance_scale nan"),
+        (["--lora-scale", "nan"], "lora_scale nan"),
+        (["--width", "100"], "width 100"),
+        (["--seed", "-1"], "seed -1"),
+        (["--out", "picture.jpg"], "written as PNG"),
+        (["--out", "keep.png"], "is a folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    project: Path, tiny_model: str, capsys: pytest.CaptureFixture, option: list, reason: str
+) -> None:
+    (project / "keep.png").mkdir()
+    command = ["generate", "--base-model", tiny_model, "--prompt", "x"]
+    size = ["--width", "32", "--height", "32", "--steps", "1"]
+    assert cli.main([*command, *size, *option]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert reason in error and error.startswith("bunny-lora: ")
+    assert (project / "keep.png").is_dir() and not list(project.glob("picture*"))
+
+
 def test_wrong_settings_are_all_shown(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     wrong = ["--set", "lora.rank=0", "--set", "training.max_steps=3"]
     assert cli.main(["train", "--config", str(config_file), *wrong]) == 2
@@ -102,9 +166,10 @@ def test_output_names(output: str, n_prompts: int, seeds: list[int], expected: l
     assert [path.as_posix() for path in cli.output_paths(Path(output), n_prompts, seeds)] == expected
 
 
-def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path) -> None:
-    assert cli.weighted("outputs/run/final") == ("outputs/run/final", 1.0)
-    assert cli.weighted("a.safetensors=0.7") == ("a.safetensors", 0.7)
+def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.weighted("outputs/run/final") == (str(tmp_path / "outputs/run/final"), 1.0)
+    assert cli.weighted("a.safetensors=0.7") == (str(tmp_path / "a.safetensors"), 0.7)
     (tmp_path / "odd=name").mkdir()
     assert cli.weighted(str(tmp_path / "odd=name")) == (str(tmp_path / "odd=name"), 1.0)
     with pytest.raises(BunnyLoraError, match="strong is no number"):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from bunny_lora.core.image_file import image_settings
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import components, devices, random_models
+from bunny_lora.model import components, devices, random_models, variants
 
 CPU = torch.device("cpu")
 
@@ -47,12 +48,50 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
     tiny_model: str, parts: components.Components
 ) -> None:
     settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 48}
+    settings |= {"negative_prompt": "blurry"}
     pipe = components.pipeline_from(parts, tiny_model)
-    ours = components.draw_image(pipe, "rex", seed=5, negative_prompt="blurry", **settings)
+    ours = components.draw_image(
+        pipe, image_settings(prompt="rex", seed=5, sampler="PNDMScheduler", **settings)
+    )
     plain = StableDiffusionPipeline.from_pretrained(tiny_model)
     generator = torch.Generator("cpu").manual_seed(5)
-    theirs = plain("rex", generator=generator, negative_prompt="blurry", **settings).images[0]
+    theirs = plain("rex", generator=generator, **settings).images[0]
     assert ours.size == (64, 48) and ours.tobytes() == theirs.tobytes()
+
+
+def variant_of(tiny_model: str, folder: Path, variant: str | None) -> Path:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipe.to(torch.float16).save_pretrained(folder, variant=variant)
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["fp16", "ema"])
+def test_a_folder_of_variants_alone_is_read_and_said_so_once(
+    variant: str, tiny_model: str, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    variant_of(tiny_model, project / variant, variant)
+    for _ in range(2):
+        loaded = components.load_components(variant, CPU, torch.float32)
+    said = [line for line in capsys.readouterr().out.splitlines() if "variants" in line]
+    assert said == [
+        f"{variant} holds variants of its weights, no plain ones; read are {variant} of the"
+        f" text_encoder, {variant} of the unet, {variant} of the vae."
+    ]
+    expected = components.load_components(tiny_model, CPU, torch.float16)
+    for name in ("unet", "vae", "text_encoder"):
+        theirs = getattr(expected, name).state_dict()
+        for key, tensor in getattr(loaded, name).state_dict().items():
+            assert torch.equal(tensor, theirs[key].float())
+
+
+def test_plain_weights_are_read_before_any_variant_and_fp16_before_others(tmp_path: Path) -> None:
+    names = ["diffusion_pytorch_model.ema.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+    for name in [*names, "unrelated.fp16.safetensors"]:
+        (tmp_path / "unet").mkdir(exist_ok=True)
+        (tmp_path / "unet" / name).touch()
+    assert variants.variants(tmp_path) == {"unet": "fp16", "vae": None, "text_encoder": None}
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    assert variants.variants(tmp_path)["unet"] is None
 
 
 def test_a_missing_model_is_explained_with_ways_out(project: Path) -> None:

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from bunny_lora import evaluation, inference
 from bunny_lora.config import load_config
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
+from bunny_lora.core.eval_result import MEASURES
 from bunny_lora.data import writing
 from bunny_lora.data.frames import Sample, Source
 from bunny_lora.errors import BunnyLoraError
@@ -99,41 +100,37 @@ def changed(run, before):
 
 def test_the_file_holds_the_result_and_says_what_was_judged(evaluated):
     result, run = evaluated
-    assert json.loads((run / "evaluation" / "eval.json").read_text()) == result
-    assert result["base_model"] == "random-tiny"
-    assert result["settings"]["characters"] == ["ellie", "rex"]
-    assert result["run_info"]["config"]["resolution"] == 64
-    assert list(result["models"]) == ["base", "checkpoint-5", "final"]  # checkpoint-10 equals final
-    assert result["seconds_per_image"] > 0
-    assert result["reference"]["chance_level"] == 0.5
-    assert result["reference"]["n_crops"] == {"ellie": 4, "rex": 4}
-    assert result["reference"]["nearest_other_frame"]["n"] == 9
+    assert eval_result.read(run) == result
+    assert result.base_model == "random-tiny"
+    assert result.settings.characters == ["ellie", "rex"]
+    assert result.run_info.config["resolution"] == 64
+    assert list(result.models) == ["base", "checkpoint-5", "final"]  # checkpoint-10 equals final
+    assert result.seconds_per_image > 0
+    assert result.reference.chance_level == 0.5
+    assert result.reference.n_crops == {"ellie": 4, "rex": 4}
+    assert result.reference.nearest_other_frame.n == 9
 
 
 def test_every_measure_of_every_character_is_there_with_its_difference(evaluated):
     result, _ = evaluated
-    measures = {"fidelity", "consistency", "separation", "max_copy"}
-    for found in (result["models"]["base"], result["models"]["final"], result["differences"]):
-        assert set(found["all"]) == measures and found["all"]["fidelity"]["n"] == 8
-        assert {name: set(row) for name, row in found["characters"].items()} == {
-            "ellie": measures,
-            "rex": measures,
-        }
-    for measure in measures:
-        base, final = (result["models"][m]["characters"]["rex"][measure] for m in ("base", "final"))
-        difference = result["differences"]["characters"]["rex"][measure]
-        assert difference["mean"] == pytest.approx(final["mean"] - base["mean"], abs=3e-5)
-    assert result["drift"]["n"] == 4 and result["drift"]["mean"] > 0
+    for found in (result.models["base"], result.models["final"], result.differences):
+        assert found.all.fidelity.n == 8 and found.all.consistency.n == 8
+        assert set(found.characters) == {"ellie", "rex"}
+    tables = (result.models["base"], result.models["final"], result.differences)
+    for measure in MEASURES:
+        base, final, difference = (getattr(t.characters["rex"], measure).mean for t in tables)
+        assert difference == pytest.approx(final - base, abs=3e-5)
+    assert result.drift.n == 4 and result.drift.mean > 0
 
 
 def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
     result, run = evaluated
     drawn = {"base": [], "final": []}
-    for picture in result["pictures"]:
-        with Image.open(run / "evaluation" / picture["file"]) as image:
+    for picture in result.images:
+        with Image.open(run / "evaluation" / picture.file) as image:
             made = json.loads(image.info["parameters"])
-        assert (made["prompt"], made["seed"]) == (picture["prompt"], picture["seed"])
-        drawn.get(picture["model"], []).append((picture["prompt"], picture["seed"]))
+        assert (made["prompt"], made["seed"]) == (picture.prompt, picture.seed)
+        drawn.get(picture.model, []).append((picture.prompt, picture.seed))
     assert drawn["base"] == drawn["final"]
     prompts = {prompt for prompt, _ in drawn["base"]}
     assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
@@ -142,12 +139,11 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
 
 def test_base_is_the_lora_at_scale_zero(evaluated):
     result, run = evaluated
-    picture = next(p for p in result["pictures"] if p["model"] == "base")
-    settings = protocol.drawing(picture["seed"], load_config(run / "config.yaml"))
+    picture = next(p for p in result.images if p.model == "base")
     pipe = inference.load_lora_pipeline(lora_weights_dir=run / "final")
-    off = inference.generate_image(pipe, picture["prompt"], lora_scale=0.0, **settings)
-    on = inference.generate_image(pipe, picture["prompt"], **settings)
-    with Image.open(run / "evaluation" / picture["file"]) as base:
+    off = inference.generate_image(pipe, picture.prompt, seed=picture.seed, lora_scale=0.0)
+    on = inference.generate_image(pipe, picture.prompt, seed=picture.seed)
+    with Image.open(run / "evaluation" / picture.file) as base:
         assert base.convert("RGB").tobytes() == off.tobytes() != on.tobytes()
 
 
@@ -202,9 +198,9 @@ def test_data_without_names_has_one_subject(root, tmp_path):
     result = evaluation.evaluate(
         tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
     )
-    assert result["settings"]["characters"] == [protocol.SUBJECT]
-    assert result["reference"]["chance_level"] == 1
-    assert "a red ball, waving" in {picture["prompt"] for picture in result["pictures"]}
+    assert result.settings.characters == [protocol.SUBJECT]
+    assert result.reference.chance_level == 1
+    assert "a red ball, waving" in {picture.prompt for picture in result.images}
 
 
 def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
@@ -213,10 +209,10 @@ def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
     changes = {"instance_prompt": "my toon", "evaluation": {"num_images_per_prompt": 1}}
     config = load_config(root / "outputs" / "run" / "config.yaml", changes)
     result = evaluation.evaluate(tmp_path / "run", config=config, data_dir=data_dir)
-    assert result["reference"]["n_crops"] == {protocol.SUBJECT: 3}
-    assert result["reference"]["n_frames"] == 3
-    assert set(result["models"]["final"]["characters"]) == {protocol.SUBJECT}
-    prompts = [picture["prompt"] for picture in result["pictures"] if picture["model"] == "final"]
+    assert result.reference.n_crops == {protocol.SUBJECT: 3}
+    assert result.reference.n_frames == 3
+    assert set(result.models["final"].characters) == {protocol.SUBJECT}
+    prompts = [picture.prompt for picture in result.images if picture.model == "final"]
     assert prompts == [
         "my toon, waving",
         "a photo of my toon",

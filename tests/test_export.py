@@ -1,6 +1,8 @@
 """Exports: what is written, what is refused, and that nothing is left when a check fails."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,15 +14,17 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import attached, shake
+from test_scores import make_result
 
 from bunny_lora import cli, export, inference
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.export import model_card, writers
+from bunny_lora.export import model_card, names, writers
 from bunny_lora.model import adapters, components, formats, random_models
 from bunny_lora.model.formats import Module
 from bunny_lora.training import handover
 
+MODULE = Module(torch.ones(1, 1), torch.ones(1, 1), 1.0)
 FAST = {"num_inference_steps": 2, "width": 32, "height": 32}
 
 
@@ -45,10 +49,7 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = inference.load_lora_pipeline(lora_weights_dir=folder)
     image = inference.generate_image(pipe, "ellie", **FAST)
     inference.save_image(image, folder / "evaluation" / "images" / "final" / "ellie-0-1.png")
-    all_scores = {"fidelity": {"mean": 0.25, "low": None, "high": None, "n": 1}}
-    scores = {"settings": {"features": "palette"}, "warning": None}
-    scores |= {"models": {name: {"all": all_scores} for name in ("base", "final")}}
-    files.write_json(folder / "evaluation" / "eval.json", scores)
+    eval_result.write(folder, make_result(["ellie"]))
     return folder
 
 
@@ -109,9 +110,104 @@ def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None
     text = (exported / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     told = yaml.safe_load(front)
-    assert told["base_model"] == tiny_model and told["instance_prompt"] == "ellie"
-    assert "| ellie | 6 |" in body and "| fidelity | 0.250 | 0.250 |" in body
+    assert "base_model" not in told, "the hub takes only names of its own there"
+    assert told["instance_prompt"] == "ellie" and f"for {model_card._plain(tiny_model)}," in body
+    assert "| ellie | 6 |" in body and "| fidelity | 0.500 | 0.750 |" in body
     assert "for 4 steps on 6 images" in body
+
+
+def test_a_model_card_takes_any_name(run_dir: Path, tiny_model: str) -> None:
+    about = model_card.About.of_run(run_dir / "final", tiny_model, {"unet": {"x": MODULE}})
+    strange_names = [
+        "ellie | rex",
+        "a\n# b",
+        "<b>__init__</b>",
+        "лиса: 'x'",
+        "🦊",
+        "[x](y) `z`",
+        "- no",
+        "---",
+    ]
+    for name in strange_names:
+        strange = dataclasses.replace(
+            about, title=name, characters={name: 3}, base_model="owner/name", scores=None
+        )
+        _, front, body = model_card.model_card(strange, ["x.safetensors"]).split("---\n", 2)
+        told = yaml.safe_load(front)
+        assert told["instance_prompt"] == name and told["base_model"] == "owner/name"
+        shown = re.sub(r"\\([\W_])", r"\1", body)
+        assert f"# {' '.join(name.split())}\n\nLoRA of rank" in shown, name
+        assert f"\n| {' '.join(name.split())} | 3 |\n" in shown, name
+        assert len(re.findall(r"(?<!\\)\|", body)) == 9, "three rows of two columns"
+
+
+@pytest.mark.parametrize(
+    ("weights", "run", "title"),
+    [
+        ("outputs/lora_weights/final", "outputs/lora_weights", "ellie-rex-mimi"),
+        ("outputs/bunny film/lora_weights/final", "outputs/bunny film/lora_weights", "bunny film"),
+        ("outputs/foxes/checkpoint-20", "outputs/foxes", "foxes-step20"),
+        ("lora_weights/final", "lora_weights", "ellie-rex-mimi"),
+        ("outputs/pytorch_lora_weights/final", "outputs/pytorch_lora_weights", "ellie-rex-mimi"),
+        ("style.safetensors", None, "style"),
+        ("style.safetensors.safetensors", None, "style"),
+        ("someone/pytorch_lora_weights.safetensors", None, "someone"),
+        ("two  lines\nof it", None, "two lines of it"),
+        ("\udcff", None, "?"),
+    ],
+)
+def test_a_lora_is_named_after_what_says_something(
+    weights: str, run: str | None, title: str, project: Path
+) -> None:
+    characters = ["ellie", "rex", "mimi", "zoe"]
+    folder = project / run if run else None
+    assert names.title_of(project / weights, folder, characters) == title
+    assert names.title_of(project / "outputs" / "final", None, []) == "lora"
+
+
+@pytest.mark.parametrize(
+    ("title", "stem"),
+    [
+        ("bunny film", "bunny film"),
+        ("a/b: <c>?", "a_b_ _c__"),
+        ("con", "con_"),
+        ("NUL.txt", "NUL.txt_"),
+        ("лиса 🦊", "лиса 🦊"),
+        ("я" * 200, "я" * 60),
+        (" ... ", "lora"),
+    ],
+)
+def test_files_are_named_as_every_system_allows(title: str, stem: str) -> None:
+    assert names.file_stem(title) == stem
+
+
+def test_kohyas_file_never_takes_the_place_of_diffusers(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "pytorch_lora_weights"
+    shutil.copytree(run_dir, run)
+    written = export.export(run, tmp_path / "out", kinds=["diffusers", "kohya"])
+    assert [path.name for path in written[:2]] == [formats.DIFFUSERS_NAME, "ellie.safetensors"]
+    assert all(path.is_file() for path in written)
+
+
+def test_a_title_that_is_diffusers_name_gets_another_file(run_dir: Path, tiny_model: str) -> None:
+    about = model_card.About.of_run(run_dir / "final", tiny_model, {"unet": {"x": MODULE}})
+    about = dataclasses.replace(about, title="PyTorch_LoRA_Weights")
+    job = writers._Job({}, tiny_model, None, about)
+    assert writers._kohya_path(job, run_dir).name == "PyTorch_LoRA_Weights-kohya.safetensors"
+
+
+def test_what_a_name_is_after_is_said(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "outputs" / "lora_weights"
+    shutil.copytree(run_dir, run)
+    export.export(run, tmp_path / "out", kinds=["kohya"])
+    assert "name lora_weights says nothing: the LoRA is called ellie." in capsys.readouterr().out
+
+
+def test_files_of_an_export_record_their_base_model(exported: Path, tiny_model: str) -> None:
+    for name in ("peft", "pytorch_lora_weights.safetensors", "my_run.safetensors"):
+        assert inference.recorded_base_model(exported / name) == tiny_model
 
 
 def test_a_file_that_its_loader_reads_differently_is_not_written(

@@ -24,35 +24,35 @@ def cartoon(fur, sky="#87ceeb", dx=0, size=(96, 96)):
 
 def test_rows_are_unit_vectors_alone_or_in_company_and_repeatable():
     images = [cartoon(fur) for fur in ("#cc3333", "#3366cc", "#33aa55")] * 7
-    look = features.load_features("palette")
-    rows = look(images)
-    assert look.name == "palette"
+    extractor = features.load_feature_extractor("palette")
+    rows = extractor(images)
+    assert extractor.name == "palette"
     assert rows.dtype == torch.float32 and rows.shape[0] == 21
     assert torch.allclose(rows.norm(dim=1), torch.ones(21), atol=1e-6)
-    assert torch.equal(look(images[20:]), rows[20:])
-    assert torch.equal(features.load_features("palette")(images), rows)
+    assert torch.equal(extractor(images[20:]), rows[20:])
+    assert torch.equal(features.load_feature_extractor("palette")(images), rows)
 
 
 @pytest.mark.parametrize("colour", ["black", "white", "#808080", "#777777", "#ff0000", "#0000ff"])
 def test_an_image_without_edges_or_colour_has_a_direction_too(colour):
     images = [Image.new("RGB", (40, 30), colour), Image.new("L", (1, 1), 119)]
-    rows = features.load_features("palette")(images)
+    rows = features.load_feature_extractor("palette")(images)
     assert rows.isfinite().all()
     assert torch.allclose(rows.norm(dim=1), torch.ones(2), atol=1e-6)
 
 
 def test_characters_of_different_colours_are_told_apart_whatever_the_background():
     furs = ["#cc3333", "#3366cc", "#e0a020", "#8844aa"]
-    look = features.load_features("palette")
-    crops = [look([cartoon(fur, sky, dx) for sky in SKIES[:2] for dx in (-6, 6)]) for fur in furs]
-    seen = look([cartoon(fur, sky) for fur in furs for sky in SKIES[2:]])
-    own = torch.arange(4).repeat_interleave(2)
-    assert metrics.separation(seen, own, crops).mean() == 1
+    extractor = features.load_feature_extractor("palette")
+    crops = [extractor([cartoon(fur, sky, dx) for sky in SKIES[:2] for dx in (-6, 6)]) for fur in furs]
+    seen = extractor([cartoon(fur, sky) for fur in furs for sky in SKIES[2:]])
+    labels = torch.arange(4).repeat_interleave(2)
+    assert metrics.separation(seen, labels, crops).mean() == 1
 
 
-def test_likeness_falls_with_colour_and_hardly_with_a_small_change_of_light():
-    look = features.load_features("palette")
-    red, darker, blue = look([cartoon("#cc3333"), cartoon("#c63030"), cartoon("#3366cc")])
+def test_similarity_falls_with_colour_and_hardly_with_a_small_change_of_light():
+    extractor = features.load_feature_extractor("palette")
+    red, darker, blue = extractor([cartoon("#cc3333"), cartoon("#c63030"), cartoon("#3366cc")])
     assert red @ darker > 0.98
     assert red @ blue < 0.8
 
@@ -76,11 +76,11 @@ def test_histograms_hold_what_they_promise():
 
 def test_no_images_and_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no images"):
-        features.load_features("palette")([])
+        features.load_feature_extractor("palette")([])
     with pytest.raises(BunnyLoraError, match="choose palette"):
-        features.load_features("pallette")
+        features.load_feature_extractor("pallette")
     with pytest.raises(BunnyLoraError, match="as CLIP"):
-        features.load_features(str(tmp_path))
+        features.load_feature_extractor(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,13 @@ def test_a_relative_clip_folder_starts_at_the_project_root(tiny_clip, project, m
     (project / "mine").symlink_to(tiny_clip)
     monkeypatch.chdir(project / "notebooks")
     for name in ("models/clip", "mine"):
-        look = features.load_features(name)
-        assert look.name == name and look([cartoon("#cc3333")]).shape == (1, 12)
+        extractor = features.load_feature_extractor(name)
+        assert extractor.name == name and extractor([cartoon("#cc3333")]).shape == (1, 12)
 
 
 def test_clip_gives_the_projected_embedding_of_the_model(tiny_clip):
     images = [cartoon("#cc3333", size=(120, 80)), cartoon("#3366cc", size=(50, 90))]
-    rows = features.load_features(str(tiny_clip))(images)
+    rows = features.load_feature_extractor(str(tiny_clip))(images)
     model = CLIPModel.from_pretrained(tiny_clip).eval()
     pixels = CLIPImageProcessorPil.from_pretrained(tiny_clip)(images=images, return_tensors="pt")
     with torch.inference_mode():

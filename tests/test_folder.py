@@ -10,14 +10,14 @@ import pytest
 from conftest import CHECKOUT, tiny_config
 from PIL import Image
 
-from bunny_lora import dataset, session
+from bunny_lora import dataset
 from bunny_lora.cli import main
 from bunny_lora.config import load_config
 from bunny_lora.data.frames import Source
 from bunny_lora.data.summary import remarks
 from bunny_lora.data.writing import prepare
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.prepare import check_as_it_is, prepare_data
+from bunny_lora.prepare import check_as_it_is, draw_demo_film, prepare_data
 from bunny_lora.stage4 import find_source, read_source
 from bunny_lora.trainer import LoRATrainer
 
@@ -428,7 +428,7 @@ def checkout(project: Path) -> Path:
 def test_a_named_source_goes_into_a_folder_of_its_own(folder, checkout, capsys, how):
     fill(folder, a="rex, waving")
     assert main(["prepare", *how, "--set", "base_model=random-tiny"]) == 0
-    assert "params/cpu.yaml (your own frames: source mine)" in capsys.readouterr().out
+    assert "params/cpu.yaml (you named a source of your own)" in capsys.readouterr().out
     assert (checkout / "training_data" / "instance_images" / "a.png").is_file()
     assert not (checkout / "outputs" / "demo").exists()
 
@@ -436,7 +436,7 @@ def test_a_named_source_goes_into_a_folder_of_its_own(folder, checkout, capsys, 
 @pytest.mark.parametrize("first", ["mine", "bunny-world"])
 def test_the_demos_film_and_ones_own_frames_never_replace_each_other(folder, tiny_model, first):
     fill(folder, a="rex, waving")
-    session.write_demo_film()
+    draw_demo_film()
     configs = {name: tiny_config(tiny_model, source=name) for name in ("mine", "bunny-world")}
     prepare_data(configs.pop(first))
     (other,) = configs.values()

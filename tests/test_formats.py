@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from bunny_lora.config import LoRASection
+from bunny_lora.core.sections import LoRASection
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, formats, random_models
 from bunny_lora.model.formats import LoRA, Module
@@ -275,7 +275,7 @@ def test_more_than_plain_lora_is_refused(
     state = load_file(path)
     stem = next(iter(state)).rsplit(".", 2)[0]
     save_file(state | {f"{stem}.dora_scale": torch.ones(1)}, path)
-    with pytest.raises(BunnyLoraError, match=r"dora_scale, which is not read here"):
+    with pytest.raises(BunnyLoraError, match=r"dora\.safetensors holds DoRA, .*dora_scale"):
         formats.read_lora(path, models_of(pipeline(tiny_model)))
 
 

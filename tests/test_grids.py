@@ -7,7 +7,8 @@ from test_scores import make_result
 
 from bunny_lora import report
 from bunny_lora.config import load_config
-from bunny_lora.core.files import write_json, write_text
+from bunny_lora.core import eval_result
+from bunny_lora.core.files import write_text
 
 
 @pytest.fixture
@@ -22,9 +23,9 @@ def run(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), "#9a9a96").save(path)
     result = make_result(["rex", "ellie"])
-    write_json(folder / "evaluation" / "eval.json", result)
-    crops = [file for files in result["training_crops"].values() for file in files]
-    for file in [*crops, *(picture["file"] for picture in result["pictures"])]:
+    eval_result.write(folder, result)
+    crops = [file for files in result.training_crops.values() for file in files]
+    for file in [*crops, *(image.file for image in result.images)]:
         path = folder / "evaluation" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), "#8844aa").save(path)
@@ -72,9 +73,9 @@ def test_a_picture_that_is_gone_leaves_a_note(run):
 
 def test_a_prompt_without_a_name_says_that_it_should_not_change(run):
     result = report.read_result(run)
-    for picture in result["pictures"]:
-        if picture["character"] == "ellie":
-            picture |= {"character": "-", "prompt": "waving"}
-    write_json(run / "evaluation" / "eval.json", result)
+    for image in result.images:
+        if image.character == "ellie":
+            image.character, image.prompt = "-", "waving"
+    eval_result.write(run, result)
     shown = [text.replace("\n", " ") for text in texts(report.before_after_grid(run))]
     assert "waving (names nobody: should not change)" in shown and "rex, waving" in shown

@@ -1,6 +1,7 @@
 """What a run hands on: written by training and evaluation, read or refused by `load_run`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from conftest import draw_frames, tiny_config
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-from bunny_lora import inference
+from bunny_lora import cli, inference
 from bunny_lora.config import Config
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
+from bunny_lora.model import devices
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training.handover import read_handover, write_handover
 
@@ -52,6 +54,68 @@ def test_training_hands_on_everything_needed_to_draw(run_dir: Path, tiny_model: 
     assert drawn.tobytes() == own.tobytes()
 
 
+def test_images_are_drawn_as_the_run_recommends_unless_told_otherwise(run_dir: Path) -> None:
+    change_recommended(run_dir, num_inference_steps=3, guidance_scale=2.0, sampler="DDIMScheduler")
+    checkpoint = next(run_dir.glob("checkpoint-*"))
+    for weights in (run_dir, run_dir / "final", checkpoint):
+        pipe = inference.load_lora_pipeline(lora_weights_dir=weights)
+        made = json.loads(inference.generate_image(pipe, "ellie").info["parameters"])
+        assert (made["num_inference_steps"], made["guidance_scale"], made["width"]) == (3, 2.0, 32)
+        assert made["sampler"] == type(pipe.scheduler).__name__ == "DDIMScheduler"
+        made = json.loads(inference.generate_image(pipe, "ellie", width=64).info["parameters"])
+        assert (made["num_inference_steps"], made["width"]) == (3, 64)
+
+
+def test_the_command_line_says_what_the_run_recommends(
+    run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["generate", "--lora-weights", str(run_dir), "--prompt", "ellie", "--out", "out.png"]
+    assert cli.main(command) == 0
+    said = "As the run recommends: 2 steps, guidance 7.5, 32 px wide, 32 px high, PNDMScheduler\n"
+    assert said in capsys.readouterr().out
+    assert cli.main([*command, "--steps", "1"]) == 0
+    assert "As the run recommends: guidance 7.5, 32 px" in capsys.readouterr().out
+
+
+def test_an_unknown_sampler_is_explained(run_dir: Path) -> None:
+    change_recommended(run_dir, sampler="os")
+    with pytest.raises(BunnyLoraError, match=r"No sampler 'os': diffusers has .*DDIMScheduler"):
+        inference.generate_image(inference.load_run(run_dir), "ellie")
+
+
+def change_recommended(run_dir: Path, **changes: object) -> None:
+    path = run_dir / "handover.json"
+    content = json.loads(path.read_text())
+    content["recommended"] |= changes
+    path.write_text(json.dumps(content))
+
+
+def test_weights_draw_in_the_precision_that_they_were_trained_in(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever `auto` comes to on the machine at hand."""
+    checkpoint = next(run_dir.glob("checkpoint-*"))
+    monkeypatch.setattr(devices, "resolve_dtype", lambda *_: pytest.fail("worked out anew"))
+    for recorded, drawn in (("bfloat16", torch.bfloat16), ("float16", torch.float32)):
+        for path in (run_dir / "handover.json", checkpoint / "training_state.json"):
+            path.write_text(
+                re.sub(r'"precision": "\w+"', f'"precision": "{recorded}"', path.read_text())
+            )
+        for weights in (run_dir / "final", checkpoint):
+            assert inference.run_dtype(weights, torch.device("cpu")) == drawn
+    assert "trained in float16, which a CPU" in capsys.readouterr().out
+    assert inference.run_dtype(run_dir / "final", torch.device("cuda")) == torch.float16
+
+
+def test_a_run_that_recorded_no_precision_is_drawn_as_its_configuration_says(run_dir: Path) -> None:
+    (run_dir / "handover.json").unlink()
+    for state in run_dir.glob("checkpoint-*/training_state.json"):
+        state.write_text(state.read_text().replace('"precision"', '"unknown"'))
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("mixed_precision: 'no'", "mixed_precision: bf16"))
+    assert inference.run_dtype(run_dir / "final", torch.device("cpu")) == torch.bfloat16
+
+
 def test_the_file_alone_is_enough_for_diffusers_and_peft(run_dir: Path) -> None:
     told = json.loads((run_dir / "handover.json").read_text())
     plain = StableDiffusionPipeline.from_pretrained(told["base_model"])
@@ -67,8 +131,8 @@ def test_the_file_alone_is_enough_for_diffusers_and_peft(run_dir: Path) -> None:
 def test_evaluation_adds_scores_that_stay_with_their_weights(run_dir: Path, config: Config) -> None:
     result = evaluate(run_dir)
     scores = read_handover(run_dir).scores
-    assert scores["features"] == "palette"
-    assert scores["final"]["fidelity"] == result["models"]["final"]["all"]["fidelity"]["mean"]
+    assert scores == result.means() and scores.features == "palette"
+    assert scores.final.fidelity == result.models["final"].all.fidelity.mean
     LoRATrainer(config=config).train()
     assert read_handover(run_dir).scores == scores
     longer = config.model_copy(
@@ -99,8 +163,8 @@ def test_other_weights_than_handed_over_are_refused(run_dir: Path, tmp_path: Pat
         (lambda text: "{", "damaged; run"),
         (lambda text: "[]", "damaged; run"),
         (
-            lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
-            "has schema_version 2",
+            lambda text: text.replace('"schema_version": 2', '"schema_version": 3'),
+            "has schema_version 3",
         ),
         (lambda text: text.replace('"step": 2', '"step": "soon"'), "damaged: step"),
         (lambda text: text.replace('"trigger_words"', '"words"'), "damaged: trigger_words"),
@@ -111,6 +175,16 @@ def test_a_damaged_file_is_explained(run_dir: Path, change: object, reason: str)
     path.write_text(change(path.read_text()))
     with pytest.raises(BunnyLoraError, match=reason):
         read_handover(run_dir)
+
+
+def test_version_1_is_read_which_had_another_name_for_a_score(run_dir: Path) -> None:
+    path = run_dir / "handover.json"
+    measures = {"fidelity": 0.5, "consistency": None, "separation": 1.0, "max_copy": 0.25}
+    scores = {"features": "palette", "warning": None, "base": measures, "final": measures}
+    files.write_json(path, files.read_json(path) | {"schema_version": 1, "scores": scores})
+    handed_on = read_handover(run_dir).scores
+    assert handed_on is not None
+    assert (handed_on.final.consistency, handed_on.final.memorisation) == (None, 0.25)
 
 
 def test_keys_of_later_versions_are_ignored_and_no_run_is_explained(

@@ -167,6 +167,47 @@ def test_a_model_of_pickles_alone_is_refused(published: Path, project: Path, tmp
     assert f"it has no {WEIGHTS}. Weights as pickles" in failed.stderr
 
 
+def test_a_model_that_has_only_the_fp16_variant_is_fetched_and_read(
+    published: Path, project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "variant"
+    shutil.copytree(published, folder)
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    beside = folder / "vae/diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", beside)
+    load = "import torch; from bunny_lora.model import components as c\n"
+    load += "c.load_components('somebody/tiny', torch.device('cpu'), torch.float32)"
+    with serving(Hub(folder)) as hub:
+        assert fetch(hub, project, hub.name).returncode == 0
+        variants = [path for path in hub.fetched if "fp16" in path]
+        loaded = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
+    assert variants == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert "somebody/tiny holds variants of its weights" in loaded.stdout, loaded.stderr
+
+
+def test_of_a_model_of_another_kind_only_the_configuration_is_fetched(
+    published: Path, project: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "inpainting"
+    shutil.copytree(published, folder)
+    told = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(told | {"in_channels": 9}))
+    with serving(Hub(folder)) as hub:
+        failed = fetch(hub, project, hub.name)
+    assert failed.returncode == 1 and "somebody/tiny is an inpainting model" in failed.stderr
+    assert hub.fetched and all(path.endswith(".json") for path in hub.fetched if "/" in path[1:])
+
+
+def test_a_model_of_single_files_says_how_to_use_one(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "single"
+    folder.mkdir()
+    (folder / "v1-5.safetensors").write_bytes(b"a checkpoint")
+    with serving(Hub(folder)) as hub:
+        failed = fetch(hub, project, hub.name)
+    assert failed.returncode == 1 and "it has no text_encoder/model.safetensors" in failed.stderr
+    assert "`hf download somebody/tiny v1-5.safetensors`" in failed.stderr
+
+
 def test_a_name_may_carry_a_revision() -> None:
     assert split_revision("owner/name@v1") == ("owner/name", "v1")
     assert split_revision("owner/name@refs/pr/3") == ("owner/name", "refs/pr/3")

@@ -16,7 +16,7 @@ from bunny_lora.training import memory
 def needed(tiny_model: str, **overrides: object) -> float:
     trainer = LoRATrainer(config=tiny_config(tiny_model, **overrides))
     trainer.load()
-    return memory.step_bytes(trainer)
+    return memory.step_bytes(trainer.setup)
 
 
 def test_the_estimate_follows_what_takes_memory(tiny_model: str, project: Path) -> None:
@@ -75,14 +75,14 @@ def test_the_estimate_is_what_a_real_step_takes(
     draw_frames(project / "data" / "instance_images", 2)
     trainer = LoRATrainer(config=tiny_config(tiny_model, resolution=64, **overrides))
     trainer.load()
-    trainer._set_training_mode(True)
-    estimated = memory.step_bytes(trainer)
+    trainer.setup.set_training_mode(True)
+    estimated = memory.step_bytes(trainer.setup)
     with Tensors() as measured:
-        trainer.learner.loss(0).backward()
-        trainer.optimizer.step()
-    moments = sum(2 * 4 * p.numel() for p in trainer.trainable())
+        trainer.setup.learner.loss(0).backward()
+        trainer.setup.state.optimizer.step()
+    moments = sum(2 * 4 * p.numel() for p in trainer.setup.trainable())
     packed = memory.REPACKED * sum(
-        p.numel() * p.element_size() for p in trainer.parts.unet.parameters()
+        p.numel() * p.element_size() for p in trainer.setup.parts.unet.parameters()
     )
     tensors = (estimated - moments - packed) / memory.GAPS
     assert measured.peak == pytest.approx(tensors, rel=0.02)
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_refused_before_training_with_what_to_lower(
     with pytest.raises(BunnyLoraError, match=r"(?s)0\.0 GB of memory.*checkpointing.*batch_size.*32"):
         trainer.train()
     assert not (trainer.run_dir / "checkpoint-4").exists()
-    assert not any(p.grad is not None for p in trainer.trainable())
+    assert not any(p.grad is not None for p in trainer.setup.trainable())
 
 
 def test_pictures_that_do_not_fit_are_refused_before_the_first_is_encoded(

@@ -48,10 +48,17 @@ def test_its_run_goes_on_to_the_weights_that_it_had(old: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("weights", ["run/final", "kohya.safetensors"])
 def test_its_weights_draw(old: Path, weights: str) -> None:
-    arguments = ["--prompt", "ellie on a beach", "--seed", "3", "--output", "new.png"]
+    arguments = ["--prompt", "ellie on a beach", "--seed", "3", "--out", "new.png"]
+    arguments += ["--steps", "25", "--width", "64", "--height", "64"]
     own_model = ["--base-model", "random-tiny"] if weights.endswith(".safetensors") else []
     assert main(["generate", "--lora-weights", weights, *arguments, *own_model]) == 0
     assert difference(old / "new.png", old / "picture.png") < 0.5
+
+
+def test_its_checkpoint_draws_as_its_run_recommends(old: Path) -> None:
+    assert main(["generate", "--lora-weights", "run/checkpoint-2", "--prompt", "ellie"]) == 0
+    with Image.open(old / "out.png") as image:
+        assert image.size == (32, 32)
 
 
 def test_its_run_exports_what_it_exported_then(old: Path) -> None:

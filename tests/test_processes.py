@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from bunny_lora import report
 from bunny_lora.batch import draw_batch, weights_identity
 from bunny_lora.config import Config
-from bunny_lora.core import ranks
+from bunny_lora.core import eval_result, ranks
 from bunny_lora.core.files import read_json
 from bunny_lora.evaluation import evaluate
 from bunny_lora.inference import load_lora_pipeline
@@ -158,15 +158,15 @@ def test_evaluation_and_batches_are_shared_and_come_out_the_same(
     prompts.write_text("ellie\nrex, waving\nphil\n")
 
     shared = finished(2, "evaluate", "--config", path)
-    by_two = read_json(project / "run" / "evaluation" / "eval.json")
-    files = [project / "run" / "evaluation" / p["file"] for p in by_two["pictures"]]
+    by_two = eval_result.read(project / "run")
+    files = [project / "run" / "evaluation" / image.file for image in by_two.images]
     pixels = [np.asarray(open_image(file)) for file in files]
     for file in files:
         file.unlink()
     alone = evaluate(project / "run", config=config)
     assert all(np.array_equal(a, open_image(b)) for a, b in zip(pixels, files, strict=True))
-    told = ("models", "differences", "drift", "reference")
-    assert {key: by_two[key] for key in told} == {key: alone[key] for key in told}
+    for key in ("models", "differences", "drift", "reference"):
+        assert getattr(by_two, key) == getattr(alone, key)
     assert "features: palette" in shared[0] and not shared[1]
 
     options = ["--steps", "2", "--seed", "1", "--width", "32", "--height", "32"]

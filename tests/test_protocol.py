@@ -12,7 +12,7 @@ CONFIG = load_config(
 
 def test_checkpoints_draw_a_small_part_of_what_base_and_final_draw():
     models = ["base", "checkpoint-5", "final"]
-    plan = protocol.plan_pictures(CONFIG, ["rex", "ellie", "phil", "victoria"], models)
+    plan = protocol.plan_images(CONFIG, ["rex", "ellie", "phil", "victoria"], models)
     drawn = {model: [p for p in plan if p.model == model] for model in models}
     assert len(drawn["base"]) == len(drawn["final"]) == (4 + 1) * 2 * 2
     assert [p.character for p in drawn["checkpoint-5"]] == ["rex", "ellie", "phil"]
@@ -22,7 +22,7 @@ def test_checkpoints_draw_a_small_part_of_what_base_and_final_draw():
 
 
 def test_a_seed_depends_on_prompt_and_position_alone():
-    rex, ellie = (protocol.pictures_of(CONFIG, "base", name) for name in ("rex", "ellie"))
+    rex, ellie = (protocol.specs_of(CONFIG, "base", name) for name in ("rex", "ellie"))
     assert [p.seed for p in rex] == [p.seed for p in ellie]
     assert len({p.seed for p in rex}) == 4
     assert all(0 <= p.seed < 2**32 for p in rex)

@@ -40,7 +40,7 @@ def run(tiny_model: str, output_dir: str, cut_at: int | None = None, **training:
                 if next(calls) == cut_at:
                     raise PowerCutError
 
-            trainer.optimizer.register_step_pre_hook(pull_the_plug)
+            trainer.setup.state.optimizer.register_step_pre_hook(pull_the_plug)
 
         trainer.load = load
     trainer.train()
@@ -170,3 +170,37 @@ def test_a_checkpoint_from_before_a_key_existed_is_gone_on_with(
     write_text(path.parent / checkpoint.SUMS, "\n".join(sums) + "\n")
     run(tiny_model, "cut")
     assert "Going on after step 3" in capsys.readouterr().out
+
+
+def test_steps_can_be_left_and_gone_on_with_to_the_same_bytes(tiny_model: str, project: Path) -> None:
+    draw_frames(project / "data" / "instance_images", 3)
+    whole = LoRATrainer(config=tiny_config(tiny_model, output_dir="whole", training=STEPS))
+    assert [record.step for record in whole.steps()] == [1, 2, 3, 4, 5, 6]
+
+    config = tiny_config(tiny_model, output_dir="run", training=STEPS)
+    for record in LoRATrainer(config=config).steps():
+        if record.step == 2:
+            break
+    assert (project / "run" / "checkpoint-2").is_dir()
+    trainer = LoRATrainer(config=config)
+    first, *later = trainer.steps()
+    assert first.step == 3 and [record.step for record in later] == [4, 5, 6]
+    for name in ("final/unet/adapter_model.safetensors", "log.jsonl", "samples/step-000006/00-0.png"):
+        assert (project / "run" / name).read_bytes() == (project / "whole" / name).read_bytes()
+    assert list(trainer.steps()) == []
+
+
+def test_drawing_between_two_steps_changes_nothing_that_is_learned(
+    tiny_model: str, project: Path
+) -> None:
+    draw_frames(project / "data" / "instance_images", 3)
+    losses = []
+    for draws in (False, True):
+        lora = {"dropout": 0.5}
+        config = tiny_config(tiny_model, output_dir=f"run-{draws}", training=STEPS, lora=lora)
+        trainer, images = LoRATrainer(config=config), []
+        losses.append([])
+        for record in trainer.steps():
+            losses[-1].append(record.loss)
+            images += [trainer.draw("ellie").tobytes()] if draws else []
+    assert losses[0] == losses[1] and len(set(images)) > 1

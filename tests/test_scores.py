@@ -6,6 +6,7 @@ import pytest
 from test_figures import assert_readable, texts
 
 from bunny_lora import report
+from bunny_lora.core.eval_result import MEASURES, EvalResult, Interval
 from bunny_lora.report import scores
 
 PROMPTS = ["{name}, waving", "{name}, portrait"]
@@ -16,12 +17,12 @@ def score(mean, spread=0.1):
 
 
 def all_scores(mean, names):
-    row = {measure: score(mean) for measure in scores.MEASURES}
+    row = {measure: score(mean) for measure in MEASURES}
     return {"all": row, "characters": {name: copy.deepcopy(row) for name in names}}
 
 
 def make_result(names, warning=None):
-    pictures = [
+    images = [
         {"model": m, "character": c, "prompt_index": p, "prompt": PROMPTS[p].replace("{name}", c)}
         | {"seed": s, "file": f"images/{m}/{c}-{p}-{s}.png"}
         for m in ("base", "checkpoint-5", "final")
@@ -29,25 +30,33 @@ def make_result(names, warning=None):
         for p in ((0,) if m == "checkpoint-5" else (0, 1))
         for s in ((7,) if m == "checkpoint-5" else (7, 8))
     ]
-    settings = {"resolution": 64, "num_inference_steps": 2, "num_images_per_prompt": 2}
-    return {
+    settings = {"resolution": 64, "num_inference_steps": 2, "guidance_scale": 7.5, "seed": 0}
+    settings |= {"features": "palette", "characters": names, "num_images_per_prompt": 2}
+    result = {
         "base_model": "a/model",
         "warning": warning,
-        "settings": settings | {"features": "palette"},
-        "models": {"base": all_scores(0.5, names), "final": all_scores(0.75, names)},
+        "run_info": {"config": {}, "trained_by": None, "evaluated_by": {}, "final": {}},
+        "settings": settings | {"prompts": PROMPTS, "neutral_prompts": ["waving", "portrait"]},
+        "models": {
+            "base": all_scores(0.5, names),
+            "checkpoint-5": all_scores(0.6, names),
+            "final": all_scores(0.75, names),
+        },
         "differences": all_scores(0.25, names),
         "drift": score(0.125),
         "reference": {
-            "likeness_of_crops": dict.fromkeys(names, score(0.8)),
+            "similarity_of_crops": dict.fromkeys(names, score(0.8)),
             "separation_of_crops": score(0.9),
             "nearest_other_frame": None,
             "chance_level": 1 / len(names),
             "n_crops": dict.fromkeys(names, 3),
+            "n_frames": 3 * len(names),
         },
         "seconds_per_image": 281.25,
-        "pictures": pictures,
+        "images": images,
         "training_crops": {name: [f"images/training/{name}-0.png"] for name in names},
     }
+    return EvalResult.model_validate(result)
 
 
 @pytest.mark.parametrize("names", [["rex"], ["rex", "ellie"], [f"a long name {i}" for i in range(12)]])
@@ -57,9 +66,8 @@ def test_the_chart_is_readable(names):
 
 def test_no_difference_is_no_signed_nothing():
     result = make_result(["rex"])
-    result["differences"]["all"]["fidelity"] = {"mean": -1e-5, "low": -2e-5, "high": 1e-5, "n": 4}
-    for model in ("base", "final"):
-        result["models"][model] = all_scores(0.7, ["rex"])
+    result.differences.all.fidelity = Interval(mean=-1e-5, low=-2e-5, high=1e-5, n=4)
+    result.models["final"] = result.models["base"]
     assert "fidelity: 0.000 (95 %: 0.000 to 0.000)" in report.scores_table(result)
     low, high = report.scores_chart(result).axes[0].get_xlim()
     assert high - low >= scores.MIN_SPAN
@@ -79,17 +87,17 @@ def test_headlines_are_honest():
     assert "raised fidelity" in report.scores_table(result)
     assert "random weights" in report.scores_table(result)
     assert any("random weights" in text for text in texts(report.scores_chart(result)))
-    result["differences"]["all"]["fidelity"] = score(0.05)
+    result.differences.all.fidelity = Interval(**score(0.05))
     assert "No clear change" in report.scores_table(result)
-    result["differences"]["all"]["fidelity"] = {"mean": 0.5, "low": None, "high": None, "n": 1}
+    result.differences.all.fidelity = Interval(mean=0.5, low=None, high=None, n=1)
     assert "too few images" in report.scores_table(result)
 
 
 def test_one_image_a_character_has_no_consistency_and_no_interval():
     result = make_result(["rex"])
-    for part in (result["models"]["base"], result["models"]["final"], result["differences"]):
-        for row in (part["all"], part["characters"]["rex"]):
-            row["consistency"] = None
-            row["fidelity"] |= {"low": None, "high": None}
+    for part in (result.models["base"], result.models["final"], result.differences):
+        for row in (part.all, part.characters["rex"]):
+            row.consistency = None
+            row.fidelity.low = row.fidelity.high = None
     assert report.scores_chart(result)._repr_png_()
     assert "rex             fidelity       0.500   0.750   +0.250" in report.scores_table(result)

@@ -9,7 +9,6 @@ import yaml
 
 from bunny_lora import session
 from bunny_lora.config import Config
-from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 
 SECTION = {"resolution": 256, "training": {"batch_size": 3, "max_train_steps": 7}}
@@ -57,16 +56,6 @@ def test_a_finetuning_parameter_stands_alone_or_over_a_named_file(
 def test_the_choice_is_said_in_one_line(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     session.open_config("params/mine.yaml")
     assert capsys.readouterr().out == "Configuration: params/mine.yaml (named by you)\n"
-
-
-def test_the_demo_film_is_drawn_when_it_is_asked_for_and_is_never_an_older_one(project: Path) -> None:
-    analysis = paths.demo_film_dir() / "llm_analysis" / "llm_analysis.json"
-    session.open_config(finetuning={"source": "bunny-world"})
-    drawn = analysis.read_bytes()
-    analysis.write_text("[]")
-    session.open_config(finetuning={"source": "bunny-world"})
-    assert analysis.read_bytes() == drawn
-    assert not paths.has_user_data()
 
 
 PARAMETERS = "config_path = None\nmax_steps = None  # steps"

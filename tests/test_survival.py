@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import draw_frames, tiny_config
 from safetensors.torch import load_file, save_file
+from test_scores import make_result
 
 from bunny_lora import report
-from bunny_lora.core import files, interrupts
+from bunny_lora.core import eval_result, interrupts
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import checkpoint, supervision
@@ -47,14 +48,14 @@ def at_step(trainer: LoRATrainer, step: int, action: Callable[[], object]) -> No
 
     def load_and_arm(start: Start) -> None:
         load(start)
-        loss = trainer.learner.loss
+        loss = trainer.setup.learner.loss
 
         def armed(position: int) -> torch.Tensor:
-            if position == 2 * (step - 1) and trainer.state.step == step - 1 and step > 1:
+            if position == 2 * (step - 1) and trainer.setup.state.step == step - 1 and step > 1:
                 action()
             return loss(position)
 
-        trainer.learner.loss = armed
+        trainer.setup.learner.loss = armed
 
     trainer.load = load_and_arm
 
@@ -182,11 +183,23 @@ def test_what_a_kill_after_the_last_save_left_behind_is_cleared_by_the_next_star
 
 def test_a_checkpoint_that_the_evaluation_speaks_of_stays(tiny_model: str, data: Path) -> None:
     trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
-    judged = {"models": {"base": {}, "checkpoint-3": {}, "final": {}}}
-    report_file = trainer.run_dir / "evaluation" / "eval.json"
-    at_step(trainer, 4, lambda: files.write_json(report_file, judged))
+    result = make_result(["rex"])
+    result.models["checkpoint-3"] = result.models.pop("checkpoint-5")
+    at_step(trainer, 4, lambda: eval_result.write(trainer.run_dir, result))
     trainer.train()
     assert names(trainer) == {"checkpoint-3", "checkpoint-6"}
+
+
+def test_no_checkpoint_is_removed_while_the_evaluation_cannot_be_understood(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make(tiny_model, save_steps=1, keep_checkpoints=1)
+    result = make_result(["rex"])
+    result.schema_version += 1
+    at_step(trainer, 4, lambda: eval_result.write(trainer.run_dir, result))
+    trainer.train()
+    assert names(trainer) == {f"checkpoint-{step}" for step in (2, 3, 4, 5, 6)}
+    assert "All checkpoints stay" in (said := capsys.readouterr().out) and "schema_version 3" in said
 
 
 def test_other_base_weights_under_the_same_name_are_refused(
@@ -209,9 +222,9 @@ def spoil(trainer: LoRATrainer, steps: set[int]) -> None:
 
     def load_and_spoil(start: Start) -> None:
         load(start)
-        loss = trainer.learner.loss
-        trainer.learner.loss = lambda position: (
-            loss(position) * (float("nan") if position // 2 + 1 in steps and trainer.state.step else 1)
+        loss, state = trainer.setup.learner.loss, trainer.setup.state
+        trainer.setup.learner.loss = lambda position: (
+            loss(position) * (float("nan") if position // 2 + 1 in steps and state.step else 1)
         )
 
     trainer.load = load_and_spoil
@@ -243,7 +256,7 @@ def test_too_many_in_a_row_stop_the_run_with_advice_and_good_weights(
     spoil(trainer, {3, 4, 5})
     with pytest.raises(BunnyLoraError, match=r"2 steps in a row.*after step 2.*learning_rate"):
         trainer.train()
-    assert all(torch.isfinite(p).all() for p in trainer.trainable())
+    assert all(torch.isfinite(p).all() for p in trainer.setup.trainable())
     assert report.loss_curve(trainer.run_dir)
 
 
@@ -275,7 +288,7 @@ def test_a_failure_at_any_call_of_a_save_leaves_the_last_good_state(
     about = checkpoint.files.read_json(folder / checkpoint.STATE)
 
     def save() -> None:
-        checkpoint.save_checkpoint(folder, trainer.state, about)
+        checkpoint.save_checkpoint(folder, trainer.setup.state, about)
 
     with monkeypatch.context() as patch:
         calls = count_disk_calls(patch)

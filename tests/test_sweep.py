@@ -10,7 +10,7 @@ from conftest import draw_frames, tiny_config
 
 from bunny_lora import cli, prepare, sweep
 from bunny_lora.config import merge
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.trainer import LoRATrainer
 
@@ -41,8 +41,8 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert {row["lora.rank"] for row in rows} == {"1", "2"}
     assert float(rows[0]["fidelity"]) >= float(rows[1]["fidelity"])
     for row in rows:
-        result = files.read_json(project / row["run"] / "evaluation" / "eval.json")
-        assert float(row["fidelity"]) == result["models"]["final"]["all"]["fidelity"]["mean"]
+        result = eval_result.read(project / row["run"])
+        assert float(row["fidelity"]) == result.models["final"].all.fidelity.mean
         config = files.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
         assert str(config["r"]) == row["lora.rank"]
     before = {path: path.stat().st_mtime_ns for path in project.glob("sweeps/a/*/final/*/*")}
@@ -50,18 +50,6 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert cli.main(["sweep", str(file)]) == 0
     assert "2 runs, 2 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
-
-
-def test_a_sweep_over_the_demo_draws_the_demos_film_first(
-    file: Path, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = project / "params" / "base.yaml"
-    base.write_text(base.read_text().replace("source: pictures", "source: bunny-world"))
-    films = []
-    film = project / "outputs" / "demo" / "film" / "llm_analysis" / "llm_analysis.json"
-    monkeypatch.setattr(sweep, "sweep_here", lambda todo: films.append(film.is_file()) or [])
-    assert cli.main(["sweep", str(file)]) == 0
-    assert films == [True]
 
 
 def test_points_with_other_data_settings_have_data_of_their_own(file: Path, project: Path) -> None:

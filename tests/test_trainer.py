@@ -21,9 +21,8 @@ from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, formats
 from bunny_lora.trainer import LoRATrainer
-from bunny_lora.training import banner
+from bunny_lora.training import banner, optim
 from bunny_lora.training.loop import training_loop
-from bunny_lora.training.optim import build_optimizer
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_a_run_folder_holds_everything_that_is_promised(tiny_model: str, data: P
 def test_the_first_loss_is_diffusers_own(tiny_model: str, data: Path) -> None:
     """Each step by hand from diffusers' parts: add_noise, the UNet, the mean squared error."""
     trainer = train(tiny_model, training={"max_train_steps": 1, "gradient_accumulation_steps": 1})
-    images = trainer.learner.images
+    images = trainer.setup.learner.images
     batch = images.batch(trainer.config.training.seed, 0, 1, 1000)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -88,13 +87,24 @@ def test_only_the_adapters_change(tiny_model: str, data: Path) -> None:
     trainer = train(tiny_model, lora={"train_text_encoder": True})
     fresh = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
     for part in ("unet", "text_encoder", "vae"):
-        trained = getattr(trainer.parts, part).state_dict()
+        trained = getattr(trainer.setup.parts, part).state_dict()
         base = {name.replace(".base_layer", ""): value for name, value in trained.items()}
         original = getattr(fresh, part).state_dict()
         assert all(torch.equal(base[name], original[name]) for name in original)
-    for model in (trainer.parts.unet, trainer.parts.text_encoder):
+    for model in (trainer.setup.parts.unet, trainer.setup.parts.text_encoder):
         parameters = adapters.trainable_parameters(model)
         assert all(p.abs().sum() > 0 for name, p in parameters.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "text_encoder_target_modules"])
+def test_a_misspelt_target_is_refused_before_pictures_are_encoded(
+    key: str, tiny_model: str, data: Path
+) -> None:
+    good = {"target_modules": ["to_q"], "text_encoder_target_modules": ["q_proj"]}
+    lora = {"train_text_encoder": True} | good | {key: [*good[key], "to_out0"]}
+    with pytest.raises(BunnyLoraError, match=rf"lora\.{key} fits no layer .*'to_out0'"):
+        train(tiny_model, lora=lora)
+    assert not (data.parent / "latents").exists()
 
 
 def test_it_learns(tiny_model: str, data: Path) -> None:
@@ -183,14 +193,14 @@ def test_gradient_checkpointing_changes_time_and_memory_only(tiny_model: str, da
         lora={"train_text_encoder": True},
         training={"gradient_checkpointing": True},
     )
-    assert checkpointed.parts.unet.is_gradient_checkpointing
+    assert checkpointed.setup.parts.unet.is_gradient_checkpointing
     for name, weights in weights_of(plain).items():
         torch.testing.assert_close(weights, weights_of(checkpointed)[name])
 
 
 def test_mixed_precision_keeps_the_adapters_in_float32(tiny_model: str, data: Path) -> None:
     trainer = train(tiny_model, training={"mixed_precision": "bf16"})
-    assert trainer.parts.unet.conv_in.weight.dtype == torch.bfloat16
+    assert trainer.setup.parts.unet.conv_in.weight.dtype == torch.bfloat16
     assert {weights.dtype for weights in weights_of(trainer).values()} == {torch.float32}
 
 
@@ -205,14 +215,14 @@ def test_learning_rate_schedule_and_warm_up_are_followed(tiny_model: str, data: 
 def test_gradients_are_clipped_to_max_grad_norm(tiny_model: str, data: Path) -> None:
     trainer = LoRATrainer(config=tiny_config(tiny_model, training={"max_grad_norm": 1e-6}))
     trainer.load()
-    state = (trainer.optimizer, trainer.lr_scheduler, trainer.scaler)
-    seen = []
-    trainer.optimizer.register_step_pre_hook(
+    setup, state, seen = trainer.setup, trainer.setup.state, []
+    state.optimizer.register_step_pre_hook(
         lambda optimizer, *_: seen.append(
-            torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainer.trainable()])).item()
+            torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in setup.trainable()])).item()
         )
     )
-    record = next(training_loop(trainer.learner, *state))
+    steps = training_loop(setup.learner, state.optimizer, state.lr_scheduler, state.scaler)
+    record = next(steps)
     assert record.grad_norm > 1e-4 and seen == [pytest.approx(1e-6, rel=0.05)]
 
 
@@ -225,16 +235,16 @@ def test_the_models_own_prediction_type_is_honoured(
     pipe.save_pretrained(tmp_path / "model")
     trainer = LoRATrainer(config=tiny_config(str(tmp_path / "model")))
     trainer.load()
-    batch = trainer.learner.images.batch(42, 0, 1, 1000)
+    batch = trainer.setup.learner.images.batch(42, 0, 1, 1000)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     target = batch.noise
     if prediction_type == "v_prediction":
         target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
     with torch.no_grad():
-        embeds = components.encode_prompts(trainer.parts, batch.captions)
-        expected = F.mse_loss(trainer.parts.unet(noisy, batch.timesteps, embeds).sample, target)
-        torch.testing.assert_close(trainer.learner.loss(0), expected)
+        embeds = components.encode_prompts(trainer.setup.parts, batch.captions)
+        expected = F.mse_loss(trainer.setup.parts.unet(noisy, batch.timesteps, embeds).sample, target)
+        torch.testing.assert_close(trainer.setup.learner.loss(0), expected)
 
 
 def test_min_snr_weighting_changes_the_loss_and_nothing_else_does(tiny_model: str, data: Path) -> None:
@@ -242,15 +252,15 @@ def test_min_snr_weighting_changes_the_loss_and_nothing_else_does(tiny_model: st
     for gamma in (None, 1e-4, 1e9):
         trainer = LoRATrainer(config=tiny_config(tiny_model, training={"snr_gamma": gamma}))
         trainer.load()
-        losses[gamma] = trainer.learner.loss(0).item()
+        losses[gamma] = trainer.setup.learner.loss(0).item()
     assert losses[1e9] == pytest.approx(losses[None]) and losses[1e-4] < losses[None] / 10
 
 
 def test_prompts_are_encoded_once_while_the_text_encoder_is_frozen(tiny_model: str, data: Path) -> None:
     trainer = LoRATrainer(config=tiny_config(tiny_model))
     trainer.load()
-    trainer.parts.text_encoder = None
-    assert trainer.learner.loss(0) > 0
+    trainer.setup.parts.text_encoder = None
+    assert trainer.setup.learner.loss(0) > 0
 
 
 def test_prior_preservation_draws_class_images_once_and_weighs_their_loss(
@@ -262,7 +272,7 @@ def test_prior_preservation_draws_class_images_once_and_weighs_their_loss(
         config = tiny_config(tiny_model, prior_preservation=prior | {"prior_loss_weight": weight})
         trainer = LoRATrainer(config=config)
         trainer.load()
-        losses[weight] = trainer.learner.loss(0).item()
+        losses[weight] = trainer.setup.learner.loss(0).item()
     pictures = sorted((project / "class").glob("*.png"))
     assert len(pictures) == 2
     with Image.open(pictures[0]) as image:
@@ -270,7 +280,7 @@ def test_prior_preservation_draws_class_images_once_and_weighs_their_loss(
     assert losses[3.0] - losses[0.0] == pytest.approx(3 * (losses[1.0] - losses[0.0]), rel=1e-4)
     alone = LoRATrainer(config=tiny_config(tiny_model))
     alone.load()
-    assert losses[0.0] == pytest.approx(alone.learner.loss(0).item(), rel=1e-5)
+    assert losses[0.0] == pytest.approx(alone.setup.learner.loss(0).item(), rel=1e-5)
     times = [path.stat().st_mtime_ns for path in pictures]
     trainer.load()
     assert [path.stat().st_mtime_ns for path in pictures] == times
@@ -286,7 +296,7 @@ def test_the_users_own_class_images_are_kept_and_used(
     trainer.load()
     assert (project / "class" / "mine.jpg").is_file()
     assert len(list((project / "class").glob("*.png"))) == 2
-    assert len(trainer.learner.class_images.captions) == 3
+    assert len(trainer.setup.learner.class_images.captions) == 3
 
 
 def test_data_is_prepared_from_the_newest_run_if_there_is_none(tiny_model: str, project: Path) -> None:
@@ -308,7 +318,7 @@ def test_data_is_prepared_from_the_newest_run_if_there_is_none(tiny_model: str, 
     ]
     write_json(run / "llm_analysis" / "llm_analysis.json", records)
     trainer = train(tiny_model, data_dir="training_data/instance_images")
-    assert len(trainer.learner.images.captions) == 3
+    assert len(trainer.setup.learner.images.captions) == 3
     assert (project / "training_data" / "data_summary.json").is_file()
 
 
@@ -359,19 +369,19 @@ class NoKernel(torch.optim.AdamW):
 def test_8bit_adam_that_cannot_step_is_explained(
     monkeypatch: pytest.MonkeyPatch, installed: type | None, explained: str
 ) -> None:
-    optim = SimpleNamespace(AdamW8bit=installed)
-    module = None if installed is None else SimpleNamespace(optim=optim)
+    adam = SimpleNamespace(AdamW8bit=installed)
+    module = None if installed is None else SimpleNamespace(optim=adam)
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
     config = load_config(None, {"use_8bit_adam": True})
     with pytest.raises(BunnyLoraError, match=explained):
-        build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+        optim.build(config, [torch.nn.Parameter(torch.zeros(2))])
 
 
 def test_8bit_adam_is_taken_wherever_it_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    optim = SimpleNamespace(AdamW8bit=torch.optim.AdamW)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    adam = SimpleNamespace(AdamW8bit=torch.optim.AdamW)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=adam))
     config = load_config(None, {"use_8bit_adam": True, "training": {"learning_rate": 0.5}})
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+    optimizer, _ = optim.build(config, [torch.nn.Parameter(torch.zeros(2))])
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -383,7 +393,7 @@ def test_a_micro_batch_leaves_the_random_state_of_other_devices_alone(
     monkeypatch.setattr(
         torch.random, "fork_rng", lambda devices=None: forked.append(devices) or fork(devices)
     )
-    trainer.learner.loss(0)
+    trainer.setup.learner.loss(0)
     assert forked == [[]]
 
 
@@ -410,7 +420,7 @@ def test_a_run_can_start_from_another_ones_weights(kind: str, tiny_model: str, d
     first = train(tiny_model, output_dir="first", training={"learning_rate": 1e-2})
     given = first.run_dir
     if kind == "kohya":
-        lora = formats.read_lora(given / "final", {"unet": first.parts.unet})
+        lora = formats.read_lora(given / "final", {"unet": first.setup.parts.unet})
         formats.write_kohya(lora, given := given / "lora.safetensors", {})
     still = {"max_train_steps": 1, "learning_rate": 1e-30}
     on = train(tiny_model, output_dir="on", lora={"start_from": str(given)}, training=still)

@@ -1,3 +1,4 @@
+import errno
 import json
 from collections import Counter
 from hashlib import sha256
@@ -139,6 +140,16 @@ def test_refuses_a_folder_that_is_in_use(tmp_path):
 def test_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("bunny_lora.world.film._dump", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        write_film(tmp_path / "run", n_frames=1, size=(128, 72))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bunny_lora.world.film._dump", full)
+    with pytest.raises(BunnyLoraError, match="No space left"):
         write_film(tmp_path / "run", n_frames=1, size=(128, 72))
     assert not list(tmp_path.iterdir())
 

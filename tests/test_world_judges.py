@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from bunny_lora.evaluation.features import load_features
+from bunny_lora.evaluation.features import load_feature_extractor
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import hero_picture
 from bunny_lora.world.captions import plain_caption, vocabulary
@@ -17,8 +17,8 @@ from bunny_lora.world.pretraining.clip import (
     character_traits,
     drawn_characters,
     hue_rotation,
+    hues_turned,
     pretrain_clip,
-    recoloured,
     same_hero_auc,
     view,
 )
@@ -116,7 +116,7 @@ def test_the_clip_resumes_and_looks_at_pictures_as_evaluation_features(tmp_path)
     rendering = drawn_characters(tmp_path / "whole", 12, size=32, seed=0, report=lambda _: None)
     assert rendering.shape == (12, 2, 3, 32, 32)
     image = Image.fromarray(np.ascontiguousarray(rendering[0, 0].transpose(1, 2, 0)))
-    vectors = load_features(str(whole))([image, image.rotate(180)])
+    vectors = load_feature_extractor(str(whole))([image, image.rotate(180)])
     assert vectors.shape == (2, 16) and not torch.equal(vectors[0], vectors[1])
 
 
@@ -124,7 +124,7 @@ def test_families_are_recoloured_together_and_said_to_be():
     images = torch.randint(60, 196, (40, 2, 3, 4, 4), dtype=torch.uint8)
     images[:, :, :, 0, 0] = 128
     images[:, :, :, 1, 1] = torch.tensor([200, 100, 100], dtype=torch.uint8)
-    after, kept = recoloured(images, np.random.default_rng(0))
+    after, kept = hues_turned(images, np.random.default_rng(0))
     assert torch.equal(after[kept], images[kept]) and 4 < int(kept.sum()) < 24 and kept[0]
     assert torch.equal(kept[::2], kept[1::2])
     assert (after[:, :, :, 0, 0] == 128).all()  # grey has no hue

@@ -13,10 +13,10 @@ from bunny_lora.world.attributes import FURS, HEROES, REGULARS, SPECIES, random_
 from bunny_lora.world.captions import vocabulary
 from bunny_lora.world.pretraining.data import as_rows, drawn_pictures
 from bunny_lora.world.pretraining.latents import encoded_pictures
-from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.learner import TrainState, learning_rate
 from bunny_lora.world.pretraining.sd import pretrain_sd, training_caption
 from bunny_lora.world.pretraining.tokenizer import save_tokenizer
-from bunny_lora.world.pretraining.vae import crops, pretrain_vae, recoloured
+from bunny_lora.world.pretraining.vae import channels_exchanged, crops, pretrain_vae
 
 TINY_VAE = {
     "size": 32,
@@ -81,7 +81,7 @@ def test_every_second_crop_lies_around_a_character():
 def test_every_fourth_picture_gets_its_colours_exchanged():
     rows = torch.from_numpy(np.random.default_rng(0).integers(256, size=(400, 4, 2, 2), dtype=np.uint8))
     before = rows.clone()
-    after = recoloured(rows, np.random.default_rng(0))
+    after = channels_exchanged(rows, np.random.default_rng(0))
     changed = (after != before).flatten(1).any(1)
     assert torch.equal(rows, before) and not changed.view(-1, 4)[:, 1:].any()
     assert 0.7 < changed[::4].float().mean() < 0.95
@@ -95,16 +95,43 @@ def test_both_optimisers_learn_and_average(tmp_path):
         {"layer": torch.nn.Linear(4, 4), "token_embedding": torch.nn.Embedding(3, 4)}
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    learner = Learner(model, {})
+    state = TrainState(model, {})
     for _ in range(3):
-        learner.update(model["layer"](model["token_embedding"].weight).square().mean(), 0.01)
+        state.update(model["layer"](model["token_embedding"].weight).square().mean(), 0.01)
     after = dict(model.named_parameters())
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    with learner.averaged():
+    with state.averaged():
         assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-    learner.save(tmp_path / "state.safetensors")
+    state.save(tmp_path / "state.safetensors")
     kinds = {name.split(".", 1)[0] for name in load_file(tmp_path / "state.safetensors")}
     assert kinds == {"model", "ema", "momentum_buffer", "exp_avg", "exp_avg_sq"}
+
+
+def test_training_saves_and_pauses_at_its_times_and_at_the_end(tmp_path):
+    def run(name, **options):
+        torch.manual_seed(0)
+        state = TrainState(torch.nn.Linear(2, 2), {})
+        saved, asked, pauses = [], [], []
+        save, state.save = state.save, lambda path: (saved.append(state.step), save(path))
+
+        def loss_of(step):
+            asked.append(step)
+            return state.model(torch.full((1, 2), 1.0 + step)).sum()
+
+        fixed = {"max_steps": 7, "peak_rate": 0.1, "images_per_step": 2, "evaluate_every": 3}
+        for progress in state.train(loss_of, tmp_path / name, **fixed, **options):
+            pauses.append((state.step, len(progress.losses)))
+            assert progress.images_per_sec > 0
+            mean = sum(float(loss) for loss in progress.losses) / len(progress.losses)
+            assert progress.mean_loss == mean
+        return asked, saved, pauses
+
+    whole = run("whole", save_every=2)
+    assert whole == (list(range(7)), [2, 4, 6, 7], [(3, 3), (6, 3), (7, 1)])
+    assert run("parts", stop_at=4) == ([0, 1, 2, 3], [3, 4], [(3, 3), (4, 1)])
+    assert run("parts") == ([4, 5, 6], [6, 7], [(6, 2), (7, 1)])
+    assert run("parts") == ([], [], [])
+    assert same(load_file(tmp_path / "whole"), load_file(tmp_path / "parts"))
 
 
 def test_vae_training_resumes_as_if_never_stopped(tmp_path):

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
 
-from bunny_lora.evaluation.features import load_features
+from bunny_lora import inference
+from bunny_lora.evaluation.features import load_feature_extractor
 from bunny_lora.model import components
 from bunny_lora.model.components import WORLD_WEIGHTS
 from bunny_lora.world.attributes import HEROES
@@ -52,8 +53,9 @@ def test_the_base_model_draws_what_it_is_asked_for() -> None:
     prompts = PROMPTS[:7]  # the last one names a hero, which says nothing yet
     parts = components.load_components("bunny-world", torch.device("cpu"), torch.float32)
     pipe = components.pipeline_from(parts, "bunny-world")
-    settings = {"num_inference_steps": 12, "guidance_scale": 4.0, "width": 128, "height": 128}
-    images = [components.draw_image(pipe, prompt, seed=1, **settings) for prompt in prompts]
+    settings = {"seed": 1, "num_inference_steps": 12, "guidance_scale": 4.0}
+    settings |= {"width": 128, "height": 128}
+    images = [inference.generate_image(pipe, prompt, **settings) for prompt in prompts]
     processor = CLIPProcessor.from_pretrained(CLIP)
     inputs = processor(text=list(prompts), images=images, return_tensors="pt", padding="max_length")
     with torch.no_grad():
@@ -63,12 +65,12 @@ def test_the_base_model_draws_what_it_is_asked_for() -> None:
 
 def test_evaluation_finds_the_judge_by_its_name() -> None:
     images, pictures = hero_views(8, 128, 10)
-    look = load_features("bunny-world")
-    vectors = look([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images])
+    extractor = load_feature_extractor("bunny-world")
+    vectors = extractor([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images])
     names = [picture.characters[0].name for picture in pictures]
-    likeness = vectors @ vectors.T
-    likeness.fill_diagonal_(-1)
-    nearest = [names[int(i)] for i in likeness.argmax(1)]
+    similarity = vectors @ vectors.T
+    similarity.fill_diagonal_(-1)
+    nearest = [names[int(i)] for i in similarity.argmax(1)]
     assert sum(a == b for a, b in zip(names, nearest, strict=True)) >= 36
     assert set(names) == set(HEROES)
 

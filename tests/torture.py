@@ -258,9 +258,7 @@ def main() -> int:
         import bunny_lora.trainer  # noqa: F401  # Once, for all victims.
         from bunny_lora.config import load_config
         from bunny_lora.prepare import prepare_data
-        from bunny_lora.session import write_demo_film
 
-        write_demo_film()
         prepare_data(load_config(project / "torture.yaml"))
         torture(project, options.kills, options.seed, report)
         torture_papermill(project, options.papermill, options.seed, report)

@@ -59,6 +59,24 @@ def resolve(path: str | Path) -> Path:
     return project_root() / Path(path).expanduser()
 
 
+def typed(path: str | Path) -> Path:
+    """Return what a path typed in a shell names: from the working folder, else the project root."""
+    here = Path(path).expanduser().absolute()
+    at_root = resolve(path)
+    return at_root if at_root.exists() and not here.exists() else here
+
+
+def new(path: str | Path) -> Path:
+    """Return what a path typed in a shell names that is to be written: from the working folder."""
+    return Path(path).expanduser().absolute()
+
+
+def typed_or_name(text: str) -> str:
+    """Return the path of what is there under a typed name, or the name itself: of a model, of a run."""
+    path = typed(text)
+    return str(path) if path.exists() else text
+
+
 def relative(path: Path) -> str:
     """Return `path` from the project root where it lies inside, for messages and provenance."""
     try:
@@ -107,9 +125,9 @@ def choose_params(named: Mapping[str, Any] | None = None) -> tuple[Path | None, 
     if source == "bunny-world":
         path, reason = root / "params" / "demo.yaml", "the demo's film is named as the source"
     elif source not in ("", "auto"):
-        path, reason = root / "params" / "cpu.yaml", f"your own frames: source {source}"
+        path, reason = root / "params" / "cpu.yaml", "you named a source of your own"
     elif data_dir and is_own_data(resolve(data_dir)):
-        path, reason = root / "params" / "cpu.yaml", f"your own frames: data_dir {data_dir}"
+        path, reason = root / "params" / "cpu.yaml", "you named training data of your own"
     elif has_user_data():
         path, reason = root / "params" / "cpu.yaml", "found your own frames"
     else:

@@ -6,9 +6,10 @@ import re
 import reprlib
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from bunny_lora.core import paths
 
@@ -41,6 +42,22 @@ def _own_folder(path: str) -> str:
     return path
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _no_list_in_words(names: list[str]) -> list[str]:
+    """No name of a layer has a comma or a space in it; a list without its brackets has."""
+    for name in names:
+        if not re.fullmatch(r"[^,\s]+", name):
+            raise ValueError(f"{shown(name)} is no layer's name; write several as [to_q, to_v]")
+    return names
+
+
+_Several = Annotated[list[str], Field(min_length=1)]
+Texts = Annotated[_Several, BeforeValidator(_as_list, json_schema_input_type=str | _Several)]
+"""A list, or a single text for a list of one."""
+LayerNames = Annotated[Texts, AfterValidator(_no_list_in_words)]
 Recorded = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
 OwnFolder = Annotated[Recorded, AfterValidator(_own_folder)]
 
@@ -57,8 +74,20 @@ def with_revision(repo: str, revision: str | None) -> str:
 
 
 def kinds_of(annotation: Any) -> set[Any]:
-    """Return the types in a union, or the one type."""
-    return {annotation, *get_args(annotation)}
+    """Return the types in a union, or the one type, bare of what is annotated to them."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(kinds_of, get_args(annotation)))
+    return {annotation}
+
+
+def no_text_in(value: Any, kinds: set[Any]) -> list[Any]:
+    """Return what stands where keys of these kinds take text: a bare `yes`, `42` or `{name}`."""
+    if not kinds <= {str, list[str], NoneType} or (value is None and NoneType in kinds):
+        return []
+    parts = value if isinstance(value, list) else [value]
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def is_text(text: str) -> bool:

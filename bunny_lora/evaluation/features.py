@@ -1,4 +1,4 @@
-"""Images to unit vectors, so that likeness is a dot product. One name, one way of looking.
+"""Images to unit vectors, so that similarity is a dot product. One name, one feature extractor.
 
 "palette" needs no weights: it sees colours and where they lie, hardly shape, and nothing of meaning.
 "bunny-world" is the CLIP that comes with the package; it knows nothing but that world. Any other name
@@ -23,7 +23,7 @@ from bunny_lora.model.quiet import quiet
 BATCH_SIZE = 16
 
 
-class Features:
+class FeatureExtractor:
     """A named way of turning images into vectors.
 
     Attributes:
@@ -48,8 +48,8 @@ class Features:
         return normalize(rows, dim=1)
 
 
-def load_features(name: str, device: str = "cpu") -> Features:
-    """Return the features called `name`.
+def load_feature_extractor(name: str, device: str = "cpu") -> FeatureExtractor:
+    """Return the feature extractor called `name`.
 
     Args:
         name: "palette", "bunny-world", or a CLIP model: a local folder (from the project root, or
@@ -60,16 +60,16 @@ def load_features(name: str, device: str = "cpu") -> Features:
         BunnyLoraError: no such features, or the CLIP model cannot be loaded.
     """
     if name == "palette":
-        return Features(name, _palette)
+        return FeatureExtractor(name, _palette)
     if name == BUNNY_WORLD:
-        return Features(name, _clip(str(WORLD_WEIGHTS / "clip"), device))
+        return FeatureExtractor(name, _clip(str(WORLD_WEIGHTS / "clip"), device))
     folder = next((path for path in (paths.resolve(name), Path(name)) if path.is_dir()), None)
     if "/" not in name and folder is None:
         raise BunnyLoraError(
             f'Unknown evaluation.features "{name}": choose palette, bunny-world, or a CLIP model'
             " (a folder, or a hub name such as openai/clip-vit-base-patch32)."
         )
-    return Features(name, _clip(name if folder is None else str(folder.absolute()), device))
+    return FeatureExtractor(name, _clip(name if folder is None else str(folder.absolute()), device))
 
 
 def _clip(name: str, device: str) -> Callable[[list[Image.Image]], torch.Tensor]:

@@ -1,8 +1,8 @@
 """The judgement of a run: the base model against the LoRA, same prompts, same seeds.
 
 Has the pictures of `protocol` drawn into `<run>/evaluation/images/`, compares them with the training
-data and writes `<run>/evaluation/eval.json`. What the numbers mean is said in `metrics`; on random base
-weights they mean nothing, which is why eval.json carries the base model's name.
+data and writes `<run>/evaluation/eval.json`, whose keys `core.eval_result` describes. How the numbers
+come about is said in `metrics`; on random base weights they mean nothing, and the file says so.
 """
 
 from __future__ import annotations
@@ -16,25 +16,33 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from bunny_lora import inference
 from bunny_lora.config import Config, load_config
-from bunny_lora.core.files import read_json, write_json
+from bunny_lora.core import eval_result
+from bunny_lora.core.eval_result import (
+    EvalResult,
+    EvalSettings,
+    ImageScores,
+    ReferenceScores,
+    RunInfo,
+    ScoreTable,
+)
+from bunny_lora.core.files import read_json
+from bunny_lora.core.image_file import read_metadata, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.evaluation import metrics, protocol
-from bunny_lora.evaluation.features import Features, load_features
-from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, Picture
+from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
+from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
 from bunny_lora.model import devices, random_models
 from bunny_lora.training import distributed, handover
 
-SCHEMA_VERSION = 1
 RANDOM = "random weights, so the pictures and numbers mean nothing"
 FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
 MAX_CROPS = 200  # of one character; more are thinned out evenly
 N_SHOWN_CROPS = 4
-CROP_SIZE_PX = 256  # what features look at is no finer
+CROP_SIZE_PX = 256  # what feature extractors take in is no finer
 CHUNK = 64  # images in memory at a time
 
 
@@ -61,8 +69,8 @@ class Reference:
 
 def evaluate(
     run_dir: str | Path, *, config: Config | None = None, data_dir: str | Path | None = None
-) -> dict[str, Any]:
-    """Judge a run and return what `eval.json` then holds.
+) -> EvalResult:
+    """Evaluate a run and return what `eval.json` then holds.
 
     Under `accelerate launch` the processes share the drawing; the run folder must be one for all.
 
@@ -79,48 +87,48 @@ def evaluate(
     config = config or load_config(run_dir / "config.yaml")
     data_dir = resolve(data_dir or config.data_dir)
     device = devices.resolve_device(config.device)
-    look = load_features(config.evaluation.features, device.type)
+    extractor = load_feature_extractor(config.evaluation.features, device.type)
     with distributed.together(device) as group:
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir)
-        plan = protocol.plan_pictures(config, list(data.crops), [model.name for model in models])
-        protocol.draw(run_dir, models, plan, config, group)
+        plan = protocol.plan_images(config, list(data.crops), [model.name for model in models])
+        protocol.generate_missing(run_dir, models, plan, config, group)
         return group.told_by_main(
-            lambda: _judge(run_dir, config, data, look, models[-1].identity, plan)
+            lambda: _score_and_write(run_dir, config, data, extractor, models[-1].identity, plan)
         )
 
 
-def _judge(
+def _score_and_write(
     run_dir: Path,
     config: Config,
     data: Reference,
-    look: Features,
+    extractor: FeatureExtractor,
     identity: dict[str, Any],
-    plan: list[Picture],
-) -> dict[str, Any]:
-    shown = save_shown_crops(run_dir, data)
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "base_model": identity["base_model"],
-        "warning": RANDOM if identity["base_model"] in random_models.STANDINS else None,
-        "run_info": run_info(run_dir, config) | {"final": identity},
-        "settings": settings(config, data),
-        **score(run_dir, plan, data, look),
-        "training_crops": shown,
-    }
-    write_json(run_dir / "evaluation" / "eval.json", result)
+    plan: list[ImageSpec],
+) -> EvalResult:
+    crops = [extractor(images) for images in data.crops.values()]
+    frames = extract_files(extractor, data.frames)
+    vectors = extract_files(extractor, [run_dir / "evaluation" / spec.file for spec in plan])
+    characters = list(data.crops)
+    scores = score_models(plan, vectors, characters, crops, frames)
+    neutral = [rows_of(plan, model, neutral=True) for model in ("base", "final")]
+    result = EvalResult(
+        base_model=identity["base_model"],
+        warning=RANDOM if identity["base_model"] in random_models.STANDINS else None,
+        run_info=run_info(run_dir, config, identity),
+        settings=settings(config, characters),
+        models={model: table(found, characters) for model, found in scores.items()},
+        differences=table(scores["final"], characters, scores["base"]),
+        drift=metrics.interval(metrics.drift(*(vectors[rows] for rows in neutral))),
+        reference=reference_scores(characters, crops, frames),
+        seconds_per_image=seconds_per_image(run_dir, plan),
+        images=image_scores(plan, scores, frames, data.frames),
+        training_crops=save_shown_crops(run_dir, data),
+    )
+    eval_result.write(run_dir, result)
     if (run_dir / "config.yaml").is_file():
-        handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), means(result))
+        handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), result.means())
     return result
-
-
-def means(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the mean of every measure, of base model and LoRA: what is handed on."""
-    found: dict[str, Any] = {"features": result["settings"]["features"], "warning": result["warning"]}
-    for name in ("base", "final"):
-        measures = result["models"][name]["all"]
-        found[name] = {measure: value and value["mean"] for measure, value in measures.items()}
-    return found
 
 
 # ---------------------------------------------------------------------------- training data
@@ -160,7 +168,7 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
             f"images/training/{protocol.slug(character)}-{index}.png" for index in range(len(chosen))
         ]
         for crop, name in zip(chosen, names, strict=True):
-            inference.save_image(crop, run_dir / "evaluation" / name)
+            save_image(crop, run_dir / "evaluation" / name)
         shown[character] = names
     return shown
 
@@ -168,41 +176,48 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------- scores
 
 
-def score(run_dir: Path, plan: list[Picture], data: Reference, look: Features) -> dict[str, Any]:
-    """Return the measures of every model, their differences, drift, and the data's own scores."""
-    characters = list(data.crops)
-    crops = [look(images) for images in data.crops.values()]
-    frames = look_at(look, data.frames)
-    vectors = look_at(look, [run_dir / "evaluation" / picture.file for picture in plan])
-
-    def rows(model: str, neutral: bool) -> list[int]:
-        chosen = [(p.model, p.character == NEUTRAL) == (model, neutral) for p in plan]
-        return [index for index, wanted in enumerate(chosen) if wanted]
-
-    judged, pictures = {}, [asdict(p) | {"file": p.file} for p in plan]
-    for model in dict.fromkeys(picture.model for picture in plan):
-        mine = rows(model, neutral=False)
-        own = torch.tensor([characters.index(plan[index].character) for index in mine])
-        judged[model] = metrics.judge(vectors[mine], own, crops, frames)
-        nearest = metrics.max_copy(vectors[mine], frames)[1]
-        for position, index in enumerate(mine):
-            scores = {name: float(values[position]) for name, values in judged[model].scores.items()}
-            pictures[index] |= rounded(scores) | {"nearest_frame": data.frames[nearest[position]].name}
-    drift = metrics.drift(vectors[rows("base", neutral=True)], vectors[rows("final", neutral=True)])
-    return {
-        "models": {model: table(images, characters) for model, images in judged.items()},
-        "differences": table(judged["final"], characters, judged["base"]),
-        "drift": as_dict(metrics.interval(drift)),
-        "reference": reference_scores(characters, crops, frames),
-        "seconds_per_image": seconds_per_image(run_dir, plan),
-        "pictures": pictures,
-    }
+def rows_of(plan: list[ImageSpec], model: str, *, neutral: bool) -> list[int]:
+    """Return which images of the plan are one model's, of prompts that name nobody or of the others."""
+    chosen = [(spec.model, spec.character == NEUTRAL) == (model, neutral) for spec in plan]
+    return [row for row, wanted in enumerate(chosen) if wanted]
 
 
-def look_at(look: Features, paths: list[Path]) -> torch.Tensor:
+def score_models(
+    plan: list[ImageSpec],
+    vectors: torch.Tensor,
+    characters: list[str],
+    crops: list[torch.Tensor],
+    frames: torch.Tensor,
+) -> dict[str, metrics.Scores]:
+    """Return the scores of every model's images that name a character, in the order of the plan."""
+    scores = {}
+    for model in dict.fromkeys(spec.model for spec in plan):
+        rows = rows_of(plan, model, neutral=False)
+        labels = torch.tensor([characters.index(plan[row].character) for row in rows])
+        scores[model] = metrics.score(vectors[rows], labels, crops, frames)
+    return scores
+
+
+def image_scores(
+    plan: list[ImageSpec],
+    scores: dict[str, metrics.Scores],
+    frames: torch.Tensor,
+    frame_files: list[Path],
+) -> list[ImageScores]:
+    """Return every image of the plan with its own scores."""
+    found: list[dict[str, Any]] = [asdict(spec) | {"file": spec.file} for spec in plan]
+    for model, of_model in scores.items():
+        nearest = metrics.memorisation(of_model.vectors, frames)[1]
+        for position, row in enumerate(rows_of(plan, model, neutral=False)):
+            found[row] |= {name: float(values[position]) for name, values in of_model.values.items()}
+            found[row] |= {"nearest_frame": frame_files[nearest[position]].name}
+    return [ImageScores(**image) for image in found]
+
+
+def extract_files(extractor: FeatureExtractor, paths: list[Path]) -> torch.Tensor:
     """Return unit vectors [N, D] of image files, cut to the square that training sees."""
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    return torch.cat([look([open_square(path) for path in chunk]) for chunk in chunks])
+    return torch.cat([extractor([open_square(path) for path in chunk]) for chunk in chunks])
 
 
 def open_square(path: Path) -> Image.Image:
@@ -211,80 +226,60 @@ def open_square(path: Path) -> Image.Image:
 
 
 def table(
-    judged: metrics.Judged, characters: list[str], base: metrics.Judged | None = None
-) -> dict[str, Any]:
+    scores: metrics.Scores, characters: list[str], base: metrics.Scores | None = None
+) -> ScoreTable:
     """Return every measure for all images and for each character that has any."""
-    found = {"all": as_dicts(metrics.summarise(judged, base)), "characters": {}}
+    found = {}
     for index, name in enumerate(characters):
-        if len((mine := judged.of(index)).own):
-            summary = metrics.summarise(mine, base.of(index) if base else None)
-            found["characters"][name] = as_dicts(summary)
-    return found
+        if len((of_character := scores.of(index)).labels):
+            found[name] = metrics.summarise(of_character, base.of(index) if base else None)
+    return ScoreTable(all=metrics.summarise(scores, base), characters=found)
 
 
 def reference_scores(
     characters: list[str], crops: list[torch.Tensor], frames: torch.Tensor
-) -> dict[str, Any]:
+) -> ReferenceScores:
     """Return what the training data scores itself: what a perfect model could be expected to reach."""
     alone = torch.zeros(max(map(len, crops)), dtype=torch.long)
-    likeness = [metrics.consistency_interval(rows, alone[: len(rows)]) for rows in crops]
-    return {
-        "likeness_of_crops": {
-            name: as_dict(value) for name, value in zip(characters, likeness, strict=True)
-        },
-        "separation_of_crops": as_dict(metrics.interval(metrics.separation_of_crops(crops))),
-        "nearest_other_frame": as_dict(metrics.interval(metrics.nearest_other(frames))),
-        "chance_level": metrics.chance_level(len(characters)),
-        "n_crops": {name: len(rows) for name, rows in zip(characters, crops, strict=True)},
-        "n_frames": len(frames),
-    }
-
-
-def as_dicts(found: dict[str, metrics.Interval | None]) -> dict[str, Any]:
-    """Return intervals as JSON takes them."""
-    return {name: as_dict(value) for name, value in found.items()}
-
-
-def as_dict(value: metrics.Interval | None) -> dict[str, Any] | None:
-    """Return one interval as JSON takes it."""
-    return None if value is None else rounded(value._asdict())
-
-
-def rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Round floats to what float32 arithmetic can promise."""
-    return {key: round(v, 5) if isinstance(v, float) else v for key, v in values.items()}
+    similarity = [metrics.consistency_interval(rows, alone[: len(rows)]) for rows in crops]
+    separation, nearest = metrics.separation_of_crops(crops), metrics.nearest_other(frames)
+    return ReferenceScores(
+        similarity_of_crops=dict(zip(characters, similarity, strict=True)),
+        separation_of_crops=metrics.interval(separation) if len(separation) else None,
+        nearest_other_frame=metrics.interval(nearest) if len(nearest) else None,
+        chance_level=metrics.chance_level(len(characters)),
+        n_crops={name: len(rows) for name, rows in zip(characters, crops, strict=True)},
+        n_frames=len(frames),
+    )
 
 
 # ---------------------------------------------------------------------------- beside the scores
 
 
-def settings(config: Config, data: Reference) -> dict[str, Any]:
+def settings(config: Config, characters: list[str]) -> EvalSettings:
     """Return what must be equal for two evaluations to be comparable."""
-    return {
-        "features": config.evaluation.features,
-        "characters": list(data.crops),
-        "prompts": config.evaluation.prompts,
-        "neutral_prompts": list(
-            dict.fromkeys(p.prompt for p in protocol.pictures_of(config, "base", NEUTRAL))
-        ),
-        "num_images_per_prompt": config.evaluation.num_images_per_prompt,
-        "seed": config.evaluation.seed,
-        "resolution": config.resolution,
+    neutral = [spec.prompt for spec in protocol.specs_of(config, "base", NEUTRAL)]
+    return EvalSettings(
+        **config.evaluation.model_dump(),
+        characters=characters,
+        neutral_prompts=list(dict.fromkeys(neutral)),
+        resolution=config.resolution,
         **config.sampling.model_dump(),
-    }
+    )
 
 
-def run_info(run_dir: Path, config: Config) -> dict[str, Any]:
+def run_info(run_dir: Path, config: Config, identity: dict[str, Any]) -> RunInfo:
     """Return where the run and this evaluation came from."""
     record = run_dir / "provenance.json"
-    return {
-        "config": config.model_dump(mode="json"),
-        "trained_by": read_json(record) if record.is_file() else None,
-        "evaluated_by": provenance(),
-    }
+    return RunInfo(
+        config=config.model_dump(mode="json"),
+        trained_by=read_json(record) if record.is_file() else None,
+        evaluated_by=provenance(),
+        final=identity,
+    )
 
 
-def seconds_per_image(run_dir: Path, plan: list[Picture]) -> float:
+def seconds_per_image(run_dir: Path, plan: list[ImageSpec]) -> float:
     """Return the median time of drawing one image, whenever it was drawn."""
-    files = [run_dir / "evaluation" / picture.file for picture in plan]
-    return round(statistics.median(protocol.parameters(file)["seconds"] for file in files), 3)
+    files = [run_dir / "evaluation" / spec.file for spec in plan]
+    return round(statistics.median((read_metadata(file) or {})["seconds"] for file in files), 3)

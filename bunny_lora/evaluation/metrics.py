@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
+from bunny_lora.core.eval_result import Interval, Intervals
 from bunny_lora.core.seeding import generator
 
 N_RESAMPLES = 2000
@@ -21,72 +21,63 @@ CONFIDENCE = 0.95
 MAX_PAIRS = 1 << 22
 
 
-class Interval(NamedTuple):
-    """A mean with the ends of its confidence interval, None where there are too few images for one."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-
 @dataclass(frozen=True)
-class Judged:
-    """Images of one model with their scores.
+class Scores:
+    """Scores of one model's images.
 
     Attributes:
         vectors: unit vectors [N, D].
-        own: index [N] of the character that each image should show.
-        scores: for every measure of single images, [N] scores.
+        labels: index [N] of the character that each image should show.
+        values: for every measure of single images, [N] scores.
     """
 
     vectors: torch.Tensor
-    own: torch.Tensor
-    scores: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    values: dict[str, torch.Tensor]
 
-    def of(self, character: int) -> Judged:
-        """Return the images of one character alone."""
-        mine = self.own == character
-        scores = {name: values[mine] for name, values in self.scores.items()}
-        return Judged(self.vectors[mine], self.own[mine], scores)
+    def of(self, character: int) -> Scores:
+        """Return those of one character's images alone."""
+        chosen = self.labels == character
+        values = {name: scores[chosen] for name, scores in self.values.items()}
+        return Scores(self.vectors[chosen], self.labels[chosen], values)
 
 
-def judge(
+def score(
     generated: torch.Tensor,
-    own: torch.Tensor,
+    labels: torch.Tensor,
     references: Sequence[torch.Tensor],
     frames: torch.Tensor,
-) -> Judged:
+) -> Scores:
     """Score generated images one by one.
 
     Args:
         generated: unit vectors [N, D].
-        own: index [N] of the character that each image should show.
+        labels: index [N] of the character that each image should show.
         references: for each of K characters, unit vectors [M_k, D] of its training crops.
         frames: unit vectors [M, D] of all training frames.
     """
-    likeness = [fidelity(row[None], references[k]) for row, k in zip(generated, own, strict=True)]
-    scores = {
-        "fidelity": torch.cat(likeness),
-        "separation": separation(generated, own, references),
-        "max_copy": max_copy(generated, frames)[0],
+    similarity = [fidelity(row[None], references[k]) for row, k in zip(generated, labels, strict=True)]
+    values = {
+        "fidelity": torch.cat(similarity),
+        "separation": separation(generated, labels, references),
+        "memorisation": memorisation(generated, frames)[0],
     }
-    return Judged(generated, own, scores)
+    return Scores(generated, labels, values)
 
 
-def summarise(judged: Judged, base: Judged | None = None) -> dict[str, Interval | None]:
-    """Return every measure's mean with its interval; with `base`, of the differences judged - base.
+def summarise(scores: Scores, base: Scores | None = None) -> Intervals:
+    """Return every measure's mean with its interval; with `base`, of the differences scores - base.
 
     Args:
-        judged: images of one model.
-        base: images of another for the same prompts and seeds, in the same order.
+        scores: of one model's images, at least one.
+        base: of another's images for the same prompts and seeds, in the same order.
     """
     changes = {
-        name: values if base is None else values - base.scores[name]
-        for name, values in judged.scores.items()
+        name: values if base is None else values - base.values[name]
+        for name, values in scores.values.items()
     }
-    pairs = consistency_interval(judged.vectors, judged.own, base.vectors if base else None)
-    return {name: interval(values) for name, values in changes.items()} | {"consistency": pairs}
+    pairs = consistency_interval(scores.vectors, scores.labels, base.vectors if base else None)
+    return Intervals(**{name: interval(values) for name, values in changes.items()}, consistency=pairs)
 
 
 def fidelity(generated: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -107,8 +98,8 @@ def consistency(generated: torch.Tensor) -> torch.Tensor:
     """Return how much each image of one character looks like the other images of it.
 
     cᵢ = 1/(N-1) · Σ_{j≠i} gᵢ·gⱼ, in -1..1; its mean is the mean cosine over all pairs. Higher is more
-    alike, which is better only together with fidelity and a low `max_copy`: the same picture N times
-    scores 1. One image has no other: an empty tensor.
+    alike, which is better only together with fidelity and a low `memorisation`: the same picture N
+    times scores 1. One image has no other: an empty tensor.
 
     Args:
         generated: unit vectors [N, D].
@@ -121,7 +112,7 @@ def consistency(generated: torch.Tensor) -> torch.Tensor:
 
 
 def separation(
-    generated: torch.Tensor, own: torch.Tensor, references: Sequence[torch.Tensor]
+    generated: torch.Tensor, labels: torch.Tensor, references: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return 1 for each image nearer to its own character than to any other, else 0.
 
@@ -131,14 +122,14 @@ def separation(
 
     Args:
         generated: unit vectors [N, D].
-        own: index [N] of the character that each image should show.
+        labels: index [N] of the character that each image should show.
         references: for each of K characters, unit vectors [M_k, D] of its training crops.
     """
     centroids = normalize(torch.stack([crops.mean(dim=0) for crops in references]), dim=1)
     cosines = generated @ centroids.T
-    mine = cosines.gather(1, own[:, None])
-    others = cosines.scatter(1, own[:, None], -torch.inf)
-    return (mine > others.max(dim=1, keepdim=True).values).float().squeeze(1)
+    labelled = cosines.gather(1, labels[:, None])
+    others = cosines.scatter(1, labels[:, None], -torch.inf)
+    return (labelled > others.max(dim=1, keepdim=True).values).float().squeeze(1)
 
 
 def chance_level(n_characters: int) -> float:
@@ -180,7 +171,7 @@ def drift(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
     return 1 - (base * tuned).sum(dim=1)
 
 
-def max_copy(generated: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def memorisation(generated: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine to the most similar single training frame, and which frame that is.
 
     mᵢ = maxⱼ gᵢ·tⱼ, in -1..1, lower is better at equal fidelity: near 1, or above what different
@@ -199,7 +190,7 @@ def max_copy(generated: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tenso
 
 
 def nearest_other(frames: torch.Tensor) -> torch.Tensor:
-    """Return each training frame's cosine to the most similar other one, to read `max_copy` against.
+    """Return each training frame's cosine to the most similar other one: `memorisation` of the data.
 
     Args:
         frames: unit vectors [M, D]; of a single frame the result is empty.
@@ -230,18 +221,16 @@ def bootstrap(
     return float(ends[0]), float(ends[1])
 
 
-def interval(scores: torch.Tensor, *, seed: int = 0) -> Interval | None:
-    """Return the mean of scores [N] of independent images with its interval; None of no scores."""
-    if not len(scores):
-        return None
+def interval(scores: torch.Tensor, *, seed: int = 0) -> Interval:
+    """Return the mean of scores [N] of independent images with its interval; N is at least 1."""
     ends = bootstrap(lambda indices: scores[indices].mean(dim=1), len(scores), seed=seed)
     low, high = ends or (None, None)
-    return Interval(float(scores.mean()), low, high, len(scores))
+    return Interval(mean=float(scores.mean()), low=low, high=high, n=len(scores))
 
 
 def consistency_interval(
     generated: torch.Tensor,
-    own: torch.Tensor,
+    labels: torch.Tensor,
     base: torch.Tensor | None = None,
     *,
     seed: int = 0,
@@ -253,13 +242,13 @@ def consistency_interval(
 
     Args:
         generated: unit vectors [N, D].
-        own: index [N] of the character that each image should show; only images of the same
+        labels: index [N] of the character that each image should show; only images of the same
             character are compared.
         base: unit vectors [N, D] for the same prompts and seeds; the measure is then generated minus
             base.
     """
-    same = own[:, None] == own[None, :]
-    n_images, n_pairs = len(own), int(same.sum()) - len(own)
+    same = labels[:, None] == labels[None, :]
+    n_images, n_pairs = len(labels), int(same.sum()) - len(labels)
     if n_pairs == 0:
         return None
     cosines = (generated @ generated.T - (0 if base is None else base @ base.T)) * same
@@ -271,4 +260,4 @@ def consistency_interval(
 
     mean = float((cosines.sum() - cosines.diagonal().sum()) / n_pairs)
     low, high = bootstrap(mean_of_pairs, n_images, seed=seed) or (None, None)
-    return Interval(mean, low, high, n_images)
+    return Interval(mean=mean, low=low, high=high, n=n_images)

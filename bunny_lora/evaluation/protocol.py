@@ -21,9 +21,11 @@ from PIL import Image
 from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core.files import sha256
+from bunny_lora.core.image_file import ImageSettings, add_metadata, is_current, save_image
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import adapters, components, devices
+from bunny_lora.training import validation
 from bunny_lora.training.distributed import Processes
 
 SUBJECT = "subject"  # stands for the one character of data that names none
@@ -41,8 +43,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image of the protocol."""
+class ImageSpec:
+    """One image of the protocol: what it shows, and what draws it from which seed."""
 
     model: str
     character: str
@@ -60,23 +62,23 @@ class Picture:
 # ---------------------------------------------------------------------------- pictures
 
 
-def plan_pictures(config: Config, characters: list[str], models: list[str]) -> list[Picture]:
-    """Return every picture to draw: all prompts for base and final, a small grid for checkpoints.
+def plan_images(config: Config, characters: list[str], models: list[str]) -> list[ImageSpec]:
+    """Return every image to draw: all prompts for base and final, a small grid for checkpoints.
 
     The seed depends on prompt and position alone, so models and characters start from the same noise.
     """
     plan = []
     for model in models:
         if model in ("base", "final"):
-            plan += [p for name in characters for p in pictures_of(config, model, name)]
-            plan += pictures_of(config, model, NEUTRAL)
+            plan += [p for name in characters for p in specs_of(config, model, name)]
+            plan += specs_of(config, model, NEUTRAL)
         else:
-            plan += [pictures_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
+            plan += [specs_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
     return plan
 
 
-def pictures_of(config: Config, model: str, character: str) -> list[Picture]:
-    """Return the pictures of one character, or of nobody for `NEUTRAL`, prompts first."""
+def specs_of(config: Config, model: str, character: str) -> list[ImageSpec]:
+    """Return the images of one character, or of nobody for `NEUTRAL`, prompts first."""
     templates = config.evaluation.prompts
     class_prompt = config.prior_preservation.class_prompt
     if character == NEUTRAL:
@@ -85,13 +87,13 @@ def pictures_of(config: Config, model: str, character: str) -> list[Picture]:
         name = config.instance_prompt if character == SUBJECT else character
         prompts = [template.replace("{name}", name) for template in templates]
     return [
-        Picture(model, character, index, prompt, picture_seed(config.evaluation.seed, index, image))
+        ImageSpec(model, character, index, prompt, image_seed(config.evaluation.seed, index, image))
         for index, prompt in enumerate(prompts)
         for image in range(config.evaluation.num_images_per_prompt)
     ]
 
 
-def picture_seed(seed: int, prompt_index: int, image_index: int) -> int:
+def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     """Return a 32-bit seed of the evaluation's own, apart from every seed that training uses."""
     return derive_seed(seed, "evaluation", prompt_index, image_index) >> 31
 
@@ -144,8 +146,8 @@ def base_digest(base_model: str) -> str | None:
 # ---------------------------------------------------------------------------- drawing
 
 
-def draw(
-    run_dir: Path, models: list[Model], plan: list[Picture], config: Config, group: Processes
+def generate_missing(
+    run_dir: Path, models: list[Model], plan: list[ImageSpec], config: Config, group: Processes
 ) -> None:
     """Draw what is missing or stale, one model in memory at a time; each process its share."""
     evaluation_dir = run_dir / "evaluation"
@@ -156,62 +158,46 @@ def draw(
     ) as bar:
         for model in models:
             if missing[model.name]:
-                for picture, image in draw_with(model, missing[model.name], config, group):
+                for spec, image in generate_with(model, missing[model.name], config, group):
                     if group.is_main:
-                        inference.save_image(image, evaluation_dir / picture.file)
+                        save_image(image, evaluation_dir / spec.file)
                     bar.update()
                 gc.collect()
 
 
 def _missing(
-    evaluation_dir: Path, models: list[Model], plan: list[Picture], config: Config
-) -> dict[str, list[Picture]]:
+    evaluation_dir: Path, models: list[Model], plan: list[ImageSpec], config: Config
+) -> dict[str, list[ImageSpec]]:
     return {
         model.name: [
-            picture
-            for picture in plan
-            if picture.model == model.name
-            and made_by(evaluation_dir / picture.file) != expected(picture, model, config)
+            spec
+            for spec in plan
+            if spec.model == model.name
+            and not is_current(
+                evaluation_dir / spec.file, generation_settings(spec, config), model.identity
+            )
         ]
         for model in models
     }
 
 
-def draw_with(
-    model: Model, pictures: list[Picture], config: Config, group: Processes
-) -> Iterator[tuple[Picture, Image.Image]]:
-    """Yield pictures drawn with one model; each image tells in its metadata what made it."""
+def generate_with(
+    model: Model, specs: list[ImageSpec], config: Config, group: Processes
+) -> Iterator[tuple[ImageSpec, Image.Image]]:
+    """Yield images drawn with one model; each tells in its metadata what made it."""
     identity = model.identity
     dtype = getattr(torch, identity["dtype"])
     pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
 
-    def draw_one(picture: Picture) -> Image.Image:
+    def generate_one(spec: ImageSpec) -> Image.Image:
         started = time.perf_counter()
-        image = inference.generate_image(pipe, picture.prompt, **drawing(picture.seed, config))
+        image = components.draw_image(pipe, generation_settings(spec, config))
         seconds = round(time.perf_counter() - started, 3)
-        return inference.told(image, identity | {"seconds": seconds})
+        return add_metadata(image, identity | {"seconds": seconds})
 
-    return group.share(pictures, draw_one)
-
-
-def drawing(seed: int, config: Config) -> dict[str, Any]:
-    """Return the arguments of `generate_image`."""
-    size = {"width": config.resolution, "height": config.resolution}
-    return {"seed": seed} | config.sampling.model_dump() | size
+    return group.share(specs, generate_one)
 
 
-def expected(picture: Picture, model: Model, config: Config) -> dict[str, Any]:
-    """Return what `made_by` says of an up-to-date picture."""
-    fixed = {"prompt": picture.prompt, "negative_prompt": None, "lora_scale": 1.0}
-    return fixed | drawing(picture.seed, config) | model.identity
-
-
-def made_by(path: Path) -> dict[str, Any] | None:
-    """Return what made a picture, without its time; None of a file that is missing or damaged."""
-    made = {key: value for key, value in parameters(path).items() if key != "seconds"}
-    return made or None
-
-
-def parameters(path: Path) -> dict[str, Any]:
-    """Return the settings that a PNG carries, after reading all of it; none if it is damaged."""
-    return inference.read_settings(path) or {}
+def generation_settings(spec: ImageSpec, config: Config) -> ImageSettings:
+    """Return how an image is drawn: as the run's samples are."""
+    return validation.settings_of(config, spec.prompt, spec.seed)

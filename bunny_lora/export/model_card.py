@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,16 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from bunny_lora import inference
 from bunny_lora.config import Config, load_config
+from bunny_lora.core import eval_result
+from bunny_lora.core.eval_result import MEASURES, EvalResult
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.export.names import title_of
+from bunny_lora.model import components
 from bunny_lora.model.formats import LoRA
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
@@ -39,27 +45,28 @@ class About:
     n_images: int | None
     rank: int
     alpha: float
-    scores: dict[str, Any] | None
+    scores: EvalResult | None
     thumbnail: bytes | None
 
     @classmethod
-    def of_run(cls, weights_dir: Path, base_model: str, lora: LoRA) -> About:
-        """Read what the run that `weights_dir` belongs to recorded."""
-        run_dir = weights_dir.parent
-        config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+    def of_run(cls, weights: Path, base_model: str, lora: LoRA) -> About:
+        """Read what the run that `weights` belong to recorded."""
+        run = inference.run_folder(weights)
+        config = load_config(run / "config.yaml") if run else None
         samples = _samples(config)
+        characters = Counter(n for sample in samples for n in sample.characters).most_common()
         first = next(iter(next(iter(lora.values())).values()))
         return cls(
-            title=run_dir.name if config else weights_dir.name,
+            title=title_of(weights, run, [name for name, _ in characters]),
             base_model=split_revision(base_model)[0],
-            step=_step(weights_dir),
+            step=_step(weights),
             config=config,
-            characters=dict(Counter(n for sample in samples for n in sample.characters).most_common()),
+            characters=dict(characters),
             n_images=len(samples) or None,
             rank=first.rank,
             alpha=first.alpha,
-            scores=_scores(run_dir),
-            thumbnail=_thumbnail(run_dir),
+            scores=eval_result.find(run) if run else None,
+            thumbnail=_thumbnail(run) if run else None,
         )
 
     def kohya_metadata(self, *, experimental: bool = False) -> dict[str, str]:
@@ -108,6 +115,8 @@ def _training_metadata(config: Config) -> dict[str, Any]:
         "ss_learning_rate": training.learning_rate,
         "ss_lr_scheduler": training.lr_scheduler,
         "ss_lr_warmup_steps": training.lr_warmup_steps,
+        "ss_lr_scheduler_num_cycles": training.lr_num_cycles,
+        "ss_lr_scheduler_power": training.lr_power,
         "ss_max_train_steps": training.max_train_steps,
         "ss_batch_size_per_device": training.batch_size,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
@@ -133,11 +142,6 @@ def _samples(config: Config | None) -> list[Sample]:
         return []  # the training data did not come along
 
 
-def _scores(run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / "evaluation" / "eval.json"
-    return read_json(path) if path.is_file() else None
-
-
 def _thumbnail(run_dir: Path) -> bytes | None:
     """Return a small JPEG of the first picture that the evaluation, or training, drew with the LoRA."""
     drawn = sorted((run_dir / "evaluation" / "images" / "final").glob("*.png"))
@@ -158,23 +162,23 @@ def _thumbnail(run_dir: Path) -> bytes | None:
 def model_card(about: About, files: list[str]) -> str:
     """Return `README.md` with the front matter that the hub reads."""
     front: dict[str, Any] = {
-        "base_model": about.base_model,
         "license": BASE_LICENSES.get(about.base_model, "unknown"),
         "library_name": "diffusers",
         "tags": ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "lora"],
     }
+    on_the_hub = inference.ON_THE_HUB.fullmatch(about.base_model)
+    if on_the_hub and not components.folder_here(about.base_model):
+        front = {"base_model": about.base_model} | front  # The hub refuses what is no name on it.
     if about.characters:
         front["instance_prompt"] = next(iter(about.characters))
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {about.title}\n\n"
-    text += (
-        f"LoRA of rank {about.rank} and alpha {about.alpha:g} for `{about.base_model}`, trained with"
-    )
-    text += " bunny_lora"
+    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    text = f"---\n{head}---\n\n# {_plain(about.title)}\n\nLoRA of rank {about.rank} and alpha"
+    text += f" {about.alpha:g} for {_plain(about.base_model)}, trained with bunny_lora"
     text += f" for {about.step} steps" if about.step else ""
     text += f" on {about.n_images} images" if about.n_images else ""
     text += ".\n\n"
     if about.characters:
-        rows = "".join(f"| {name} | {count} |\n" for name, count in about.characters.items())
+        rows = "".join(f"| {_plain(name)} | {count} |\n" for name, count in about.characters.items())
         text += f"| trigger word | training images |\n|---|---|\n{rows}\n"
     text += "Files: " + ", ".join(f"`{name}`" for name in files) + ".\n"
     if about.scores:
@@ -182,11 +186,17 @@ def model_card(about: About, files: list[str]) -> str:
     return text
 
 
-def _score_table(scores: dict[str, Any]) -> str:
-    text = f"Judged with the features `{scores['settings']['features']}`, mean over all pictures:\n\n"
+def _plain(text: str) -> str:
+    """Return a text as Markdown shows it unchanged, in one line and in a table too."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", " ".join(text.split()))
+
+
+def _score_table(result: EvalResult) -> str:
+    scores = result.means()
+    text = f"Judged with the features `{scores.features}`, mean over all pictures:\n\n"
     text += "| | base model | with the LoRA |\n|---|---|---|\n"
-    before, after = (scores["models"][name]["all"] for name in ("base", "final"))
-    for name in after:
-        values = [f"{side[name]['mean']:.3f}" if side.get(name) else "" for side in (before, after)]
-        text += f"| {name} | {values[0]} | {values[1]} |\n"
-    return text + (f"\n{scores['warning']}\n" if scores.get("warning") else "")
+    for name in MEASURES:
+        values = [getattr(side, name) for side in (scores.base, scores.final)]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        text += f"| {name} | {cells[0]} | {cells[1]} |\n"
+    return text + (f"\n{scores.warning}\n" if scores.warning else "")

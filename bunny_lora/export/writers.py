@@ -23,6 +23,7 @@ from bunny_lora import inference
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.model_card import About, model_card
+from bunny_lora.export.names import file_stem
 from bunny_lora.model import adapters, components, formats
 from bunny_lora.model.formats import DIFFUSERS_NAME, PARTS, LoRA
 from bunny_lora.model.quiet import quiet
@@ -58,7 +59,8 @@ def export(
     """Write the LoRA of a checkpoint in other programs' formats, with a model card, and check each.
 
     Args:
-        lora_weights_dir: `…/final`, `…/checkpoint-<step>`, or a run folder (its `final`).
+        lora_weights_dir: `…/final`, `…/checkpoint-<step>`, a run folder (its `final`), or what else
+            `adapters.find_weights` takes.
         out_dir: a new or empty folder; it appears whole or not at all.
         kinds: of `FORMATS`. "merged" is a whole pipeline, as large as the base model; "kohya-sd1" is
             experimental: BK-SDM-Tiny's LoRA under the names of full Stable Diffusion 1.x.
@@ -76,12 +78,14 @@ def export(
     out_dir = paths.resolve(out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise BunnyLoraError(f"{out_dir} exists and is not empty: choose another folder or remove it.")
-    weights_dir = adapters.find_weights(lora_weights_dir)
-    base_model = base_model or inference.recorded_base_model(weights_dir)
+    weights = adapters.find_weights(lora_weights_dir)
+    base_model = base_model or inference.recorded_base_model(weights)
     parts = components.load_components(base_model, torch.device("cpu"), torch.float32)
     pipe = components.pipeline_from(parts, base_model)
-    lora = formats.read_lora(weights_dir, {part: getattr(parts, part) for part in PARTS})
-    job = _Job(lora, base_model, pipe, About.of_run(weights_dir, base_model, lora))
+    lora = formats.read_lora(weights, {part: getattr(parts, part) for part in PARTS})
+    job = _Job(lora, base_model, pipe, About.of_run(weights, base_model, lora))
+    if (run := inference.run_folder(weights)) and not job.about.title.startswith(run.name):
+        print(f"The folder's name {run.name} says nothing: the LoRA is called {job.about.title}.")
     with files.atomic_path(out_dir) as folder:
         folder.mkdir()
         written = [_WRITERS[kind](job, folder) for kind in kinds]
@@ -130,20 +134,26 @@ def _peft(job: _Job, folder: Path) -> Path:
 
 def _diffusers(job: _Job, folder: Path) -> Path:
     path = folder / DIFFUSERS_NAME
-    formats.write_diffusers(job.lora, path)
+    formats.write_diffusers(job.lora, path, job.base_model)
     _compare(path, _as_diffusers_sees(job, path), _expected(job.lora))
     return path
 
 
 def _kohya(job: _Job, folder: Path) -> Path:
-    path = folder / f"{job.about.title}.safetensors"
+    path = _kohya_path(job, folder)
     formats.write_kohya(job.lora, path, job.about.kohya_metadata())
     _compare(path, _as_diffusers_sees(job, path), _expected(job.lora))
     return path
 
 
+def _kohya_path(job: _Job, folder: Path) -> Path:
+    path = folder / f"{file_stem(job.about.title)}.safetensors"
+    # The same file to Windows and macOS, in whatever case.
+    return path.with_stem(f"{path.stem}-kohya") if path.name.lower() == DIFFUSERS_NAME else path
+
+
 def _kohya_sd1(job: _Job, folder: Path) -> Path:
-    path = folder / f"{job.about.title}-experimental-for-sd1.safetensors"
+    path = folder / f"{file_stem(job.about.title)}-experimental-for-sd1.safetensors"
     if list(job.pipe.unet.config.block_out_channels) != [320, 640, 1280]:
         raise BunnyLoraError(
             "kohya-sd1 renames the blocks of BK-SDM-Tiny to those of full Stable Diffusion 1.x, and"

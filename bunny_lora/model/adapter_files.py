@@ -1,4 +1,4 @@
-"""Read an adapter that came from anywhere: all of it is checked before the model is touched.
+"""Adapters in PEFT's format that came from anywhere: where they lie, and what they hold, checked.
 
 Nothing in the files is ever run: weights are read by safetensors or torch's weights-only reader, and of
 `adapter_config.json` only the numbers and names that LoRA's arithmetic needs are taken over.
@@ -13,15 +13,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bunny_lora.core import files
+from bunny_lora.core import files, paths
+from bunny_lora.core.values import shown
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.lora import PARTS
+from bunny_lora.model.tensor_files import PICKLE, UNKNOWN, checked, trouble
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 # Of PEFT's settings, those that are read below, and those that say where an adapter is from, how it was
 # begun or trained: they change nothing in what its weights mean. Any other must be as PEFT has it.
 UNDERSTOOD = {
@@ -36,32 +39,84 @@ UNDERSTOOD = {
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _plain_name(value: Any) -> Any:
-    if not isinstance(value, str) or not re.fullmatch(r"\^?[\w.]{1,200}", value):
-        raise ValueError("should be the name of a module")
-    return value
+# ---------------------------------------------------------------------------- where they lie
 
 
-ModuleName = Annotated[str, BeforeValidator(_plain_name)]
-Rank = Annotated[int, Field(ge=1, le=100_000)]
-Alpha = Annotated[float, Field(gt=0, le=1e6)]
+def find_weights(lora_weights_dir: str | Path) -> Path:
+    """Return what holds a LoRA, a file or a folder of PEFT's: the one named, or what lies in it.
+
+    In a run that is `final/`. In another folder it is `peft/`, as in an export, or the file that
+    diffusers looks for, or the only `.safetensors`; which of them is said.
+
+    Raises:
+        BunnyLoraError: there is none, or several that nothing sets apart.
+    """
+    path = Path(lora_weights_dir).expanduser()
+    path = path if path.exists() else paths.resolve(path)
+    if path.is_file():
+        of_peft = path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS) and (path.parent / CONFIG).is_file()
+        return path.parent if of_peft else path
+    found = _inside(path)
+    if found not in (path, path / "final"):
+        print(f"The LoRA in {paths.relative(path)} is {found.name}.")
+    if path.name in PARTS and (others := [p for p in _part_folders(path.parent) if p != path]):
+        rest = " and ".join(other.name for other in others)
+        print(f"{paths.relative(path)} is one part of a LoRA; {path.parent.name} has the {rest} too.")
+    return found
 
 
-class AdapterConfig(BaseModel):
-    """What is taken from `adapter_config.json`; the rest cannot change a picture."""
+def _inside(folder: Path) -> Path:
+    if (folder / "model_index.json").is_file():
+        raise BunnyLoraError(
+            f"No LoRA adapter in {folder}: it is a whole model; name it as the base model, base_model=…"
+            " or --base-model."
+        )
+    for place in (folder, folder / "final", folder / "peft"):
+        if _part_folders(place) or (place / CONFIG).is_file():
+            return place
+    weights = [path for path in folder.glob("[!.]*.safetensors") if path.stem != "optimizer"]
+    if chosen := [path for path in weights if path.name == LORA_FILE or len(weights) == 1]:
+        return chosen[0]
+    raise BunnyLoraError(_nothing_in(folder, sorted(path.name for path in weights)))
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
-    peft_type: Literal["LORA"]
-    r: Rank
-    lora_alpha: Alpha
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Annotated[list[ModuleName], Field(min_length=1)] | ModuleName
-    rank_pattern: dict[ModuleName, Rank] = Field(default_factory=dict)
-    alpha_pattern: dict[ModuleName, Alpha] = Field(default_factory=dict)
-    use_rslora: bool = False
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
+def _part_folders(folder: Path) -> list[Path]:
+    return [folder / part for part in PARTS if (folder / part).is_dir()]
+
+
+def _nothing_in(folder: Path, weights: list[str]) -> str:
+    if not folder.is_dir():
+        return (
+            f"No LoRA adapter in {folder}: there is no such file or folder. Name a run's folder,"
+            " …/final, …/checkpoint-100 or a .safetensors file."
+        )
+    if choice := weights or sorted(path.name for path in folder.glob("checkpoint-*")):
+        return (
+            f"No LoRA adapter in {folder} to choose by itself: name one of {', '.join(choice)} in it."
+        )
+    held = sorted(path.name + "/" * path.is_dir() for path in folder.glob("[!.]*"))
+    more = f" and {len(held) - 8} more" if len(held) > 8 else ""
+    return (
+        f"No LoRA adapter in {folder}: needed is unet/ or text_encoder/ in PEFT's format ({CONFIG} and"
+        f" {WEIGHTS}) or a .safetensors file; there is {', '.join(held[:8]) or 'nothing'}{more}."
+    )
+
+
+def adapter_parts(weights_dir: Path) -> dict[str, Path]:
+    """Return the adapters in a folder, by part of the model: those in it, or itself if it is one.
+
+    Raises:
+        BunnyLoraError: there is none, or one is not whole.
+    """
+    if (weights_dir / CONFIG).is_file():
+        check_adapter(weights_dir)
+        names = read_weights(weights_dir)
+        is_text = any("self_attn" in name or "text_model" in name for name in names)
+        return {PARTS[is_text]: weights_dir}
+    folders = _part_folders(weights_dir)
+    for folder in folders or [weights_dir / PARTS[0]]:
+        check_adapter(folder)
+    return {folder.name: folder for folder in folders}
 
 
 def check_adapter(folder: Path) -> None:
@@ -74,27 +129,88 @@ def check_adapter(folder: Path) -> None:
         )
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """Return PEFT's configuration of the adapter in `folder`.
+# ---------------------------------------------------------------------------- what they hold
+
+
+def _simple_pattern(value: Any) -> Any:
+    """Refuse what takes for ever to match: a repeated group, or many repeats of anything but digits."""
+    wrong = not isinstance(value, str) or not 0 < len(value) <= 500 or re.search(r"\)[*+{]", value)
+    if wrong or len(re.findall(r"(?<!\\d)[*+{]", value)) > 4:
+        raise ValueError("should be the name of a module, or a simple pattern of names")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is no pattern of names: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, BeforeValidator(_simple_pattern)]
+Rank = Annotated[int, Field(ge=1, le=100_000)]
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class AdapterConfig(BaseModel):
+    """What is taken from `adapter_config.json`, with PEFT's defaults; the rest cannot change a picture.
+
+    Which layers there are is told by the weights: `target_modules` names them once more, as a list of
+    names or as a pattern, less what `exclude_modules` and `layers_to_transform` take away.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[Pattern, Alpha] = Field(default_factory=dict)
+    use_rslora: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def alpha(self, name: str, rank: int) -> float:
+        """Return the strength of a module, as if it were not rank-stabilised.
+
+        Raises:
+            ValueError: another rank is told of it than its weights have.
+        """
+        told = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        if told != rank:
+            raise ValueError(f"it says rank {told} of {name}, whose weights have {rank}")
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
+        return alpha * rank**0.5 if self.use_rslora else alpha
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Return what PEFT's configuration of the adapter in `folder` says.
 
     Raises:
         BunnyLoraError: it is damaged, absurd, or a kind of adapter that is not read here.
     """
     path = folder / CONFIG
     try:
-        given = files.read_json(path)
-        _refuse_variants(given if isinstance(given, dict) else {})
-        config = AdapterConfig.model_validate(given)
+        return parsed(files.read_json(path))
+    except RecursionError:
+        raise BunnyLoraError(f"{path} cannot be read: it is nested too deeply.") from None
+    except ValueError as error:
+        raise BunnyLoraError(f"{path} cannot be used: {error}.") from None
+
+
+def parsed(settings: Any) -> AdapterConfig:
+    """Return PEFT's settings, checked.
+
+    Raises:
+        ValueError: they are absurd, or of a kind of adapter that is not read here.
+    """
+    known = settings if isinstance(settings, dict) else {}
+    if (kind := known.get("peft_type", "LORA")) != "LORA":
+        raise ValueError(f"peft_type: it is {shown(kind)}, and LORA alone is read")
+    _refuse_variants(known)
+    try:
+        return AdapterConfig.model_validate(settings)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = first["loc"][0] if first["loc"] else "the file"
-        raise BunnyLoraError(f"{path} is no LoRA's: {where}: {first['msg']}.") from None
-    except (ValueError, RecursionError) as error:
-        raise BunnyLoraError(f"{path} cannot be read: {error}.") from None
-    settings = config.model_dump(exclude={"peft_type", "base_model_name_or_path"})
-    lora_config = LoraConfig(**settings, inference_mode=True)
-    lora_config.base_model_name_or_path = config.base_model_name_or_path
-    return lora_config
+        raise ValueError(f"{where}: {first['msg']}") from None
 
 
 def _refuse_variants(given: dict[str, Any]) -> None:
@@ -104,7 +220,7 @@ def _refuse_variants(given: dict[str, Any]) -> None:
         for name, value in given.items()
         if name in plain.keys() - UNDERSTOOD and value and value != plain[name]
     ]
-    if given.get("init_lora_weights") in CHANGED_BASES:
+    if str(given.get("init_lora_weights")).startswith(CHANGED_BASES):
         unread.append(f"init_lora_weights: {given['init_lora_weights']}")
     if unread:
         raise ValueError(f"it uses {', '.join(unread)}, which is not read here; plain LoRA is")
@@ -118,45 +234,26 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / OLD_WEIGHTS
     try:
-        state = _read(path)
+        state = load_file(path) if path.name == WEIGHTS else _read_old(path)
     except Exception as error:  # Both readers raise whatever they trip over.
-        reason = "not a safetensors file" if path.name == WEIGHTS else "not a file of tensors alone"
-        if isinstance(error, OSError | SafetensorError) and str(error):
-            reason = str(error).splitlines()[0]
+        reason = trouble(path)
+        if path.name == OLD_WEIGHTS and reason in (PICKLE, UNKNOWN):
+            wrong = isinstance(error, TypeError)
+            reason = "is not a file of tensors alone" if wrong else "is damaged, or holds code"
         raise BunnyLoraError(
-            f"The weights in {folder} cannot be read safely: {path.name}: {reason}. They are cut off,"
-            " damaged, or a pickle that holds more than tensors; use another checkpoint."
+            f"The weights in {folder} cannot be read safely: {path.name} {reason}. Of a run of yours,"
+            " use another checkpoint."
         ) from None
     return {name: checked(name, tensor, folder) for name, tensor in state.items()}
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.name == WEIGHTS:
-        return load_file(path)
+def _read_old(path: Path) -> dict[str, torch.Tensor]:
+    """Read PEFT's file of before safetensors by torch's reader that runs nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
-        raise ValueError("no dictionary of tensors")
+        raise TypeError("no dictionary of tensors")
     return state
-
-
-def checked(name: str, tensor: torch.Tensor, folder: Path) -> torch.Tensor:
-    """Return a tensor from a file as float32; refuse one of other kinds or with NaN."""
-    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise BunnyLoraError(f"The weights in {folder} hold {kind} where numbers should be: {name}.")
-    tensor = tensor.detach().float()
-    if not torch.isfinite(tensor).all():
-        raise BunnyLoraError(f"The weights in {folder} hold NaN or infinity in {name}.")
-    return tensor
-
-
-def check_ranks(config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError, before it is allocated, if the configuration asks for more than there is."""
-    held = max((tensor.shape[0] for name, tensor in state.items() if "lora_A" in name), default=0)
-    asked = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-    if asked > held:
-        raise ValueError(f"{CONFIG} says rank {asked}, its weights have {held}")

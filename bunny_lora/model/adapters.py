@@ -6,9 +6,8 @@ a diffusers pipeline; the `PeftModel` around it is only the handle for saving an
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,26 +20,29 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from bunny_lora.config import LoRASection
-from bunny_lora.core import files, paths
+from bunny_lora.core import files
+from bunny_lora.core.sections import LoRASection
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model.adapter_files import check_adapter, check_ranks, read_config, read_weights
+from bunny_lora.model import targets
+from bunny_lora.model.adapter_files import (
+    PARTS,
+    adapter_parts,
+    check_adapter,
+    find_weights,
+    read_weights,
+)
 from bunny_lora.model.formats import LoRA, Module, peft_config
 
-PARTS = ("unet", "text_encoder")
-# CLIP names its layers differently from the UNet, so one list cannot serve both.
-_TARGETS_KEY = {"unet": "target_modules", "text_encoder": "text_encoder_target_modules"}
-
 __all__ = [
+    "PARTS",
     "adapter_digest",
     "adapter_parts",
     "attach",
     "attach_modules",
     "check_adapter",
     "find_weights",
-    "load_adapter",
     "load_weights",
     "save_adapter",
     "trainable_parameters",
@@ -60,11 +62,12 @@ def attach(
         seed: of the run; A is drawn from it.
 
     Raises:
-        BunnyLoraError: no module of the model matches its target modules.
+        BunnyLoraError: one of the target modules is no layer of the model.
     """
-    targets = lora.target_modules if part == "unet" else lora.text_encoder_target_modules
+    names = target_names(part, lora)
+    targets.check_targets(model, part, names)
     lora_config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names
     )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -73,12 +76,17 @@ def attach(
             peft_model = get_peft_model(model, lora_config)
         except ValueError as error:
             raise BunnyLoraError(
-                f"lora.{_TARGETS_KEY[part]} {targets} do not fit the {part}: {error}"
+                f"lora.{targets.KEYS[part]} {names} do not fit the {part}: {error}"
             ) from None
     lora_config.base_model_name_or_path, lora_config.revision = split_revision(base_model)
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()
     return peft_model
+
+
+def target_names(part: str, lora: LoRASection) -> list[str]:
+    """Return the configured target modules of a part."""
+    return lora.target_modules if part == "unet" else lora.text_encoder_target_modules
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -99,33 +107,6 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     config = {"peft_type": "LORA"} | peft_model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
     files.write_json(folder / "adapter_config.json", config)
-
-
-def load_adapter(model: torch.nn.Module, folder: Path) -> PeftModel:
-    """Put the adapter in `folder` into `model`, in place.
-
-    Reads `adapter_model.safetensors`, or an `adapter_model.bin` of older tools with torch's
-    weights-only reader, which runs no code.
-
-    Raises:
-        BunnyLoraError: no adapter there, unreadable, or made for another base model.
-    """
-    check_adapter(folder)
-    config, state = read_config(folder), read_weights(folder)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        try:
-            check_ranks(config, state)
-            with _undone_on_error(model):
-                peft_model = get_peft_model(model, config)
-                _put(peft_model, state)
-        except (ValueError, RuntimeError) as error:
-            raise BunnyLoraError(
-                f"The adapter in {folder} was made for another base model than the one loaded"
-                f" ({config.base_model_name_or_path or 'unknown'} is recorded in it): {error}"
-            ) from error
-    peft_model.requires_grad_(False).eval()
-    return peft_model
 
 
 def attach_modules(model: torch.nn.Module, modules: Mapping[str, Module]) -> PeftModel:
@@ -162,7 +143,7 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             prefix = f"base_model.model.{name}"
             if f"{prefix}.lora_A.weight" not in state:
                 raise BunnyLoraError(
-                    f"lora.start_from holds a LoRA of {name}, which lora.{_TARGETS_KEY[part]} leaves"
+                    f"lora.start_from holds a LoRA of {name}, which lora.{targets.KEYS[part]} leaves"
                     f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
                 )
             if module.rank > config.r:
@@ -175,25 +156,6 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             state[f"{prefix}.lora_A.weight"][: module.rank] = module.down
             state[f"{prefix}.lora_B.weight"][:, : module.rank] = fold * module.up
         _put(peft_models[part], state)
-
-
-@contextlib.contextmanager
-def _undone_on_error(model: torch.nn.Module) -> Iterator[None]:
-    """Leave the model as it was if PEFT stops half-way: the layers put in, flags and handles."""
-    children = {module: dict(module._modules) for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    names = set(vars(model))
-    try:
-        yield
-    except BaseException:
-        for module, modules in children.items():
-            module._modules.clear()
-            module._modules.update(modules)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for name in set(vars(model)) - names:
-            delattr(model, name)
-        raise
 
 
 def load_weights(peft_model: PeftModel, folder: Path) -> None:
@@ -224,36 +186,10 @@ def _known_name(name: str, wanted: dict[str, torch.Tensor]) -> str:
     return shorter if name not in wanted and shorter in wanted else name
 
 
-def adapter_parts(weights_dir: Path) -> dict[str, Path]:
-    """Return the adapters in a checkpoint or `final/` folder, by part of the model.
-
-    Raises:
-        BunnyLoraError: there is none.
-    """
-    parts = {part: weights_dir / part for part in PARTS if (weights_dir / part).is_dir()}
-    if not parts:
-        check_adapter(weights_dir / "unet")
-    return parts
-
-
-def find_weights(lora_weights_dir: str | Path) -> Path:
-    """Return the folder that holds `unet/`: the one named, or `final/` inside it; or the file named."""
-    folder = Path(lora_weights_dir).expanduser()
-    folder = folder if folder.exists() else paths.resolve(folder)
-    if folder.is_file():
-        return folder
-    if (folder / "final").is_dir():
-        folder = folder / "final"
-    adapter_parts(folder)
-    return folder
-
-
 def adapter_digest(weights_dir: Path) -> str | None:
     """Return one digest over the adapters of all parts; None of a folder that is not whole."""
     try:
         parts = adapter_parts(weights_dir).values()
-        for part in parts:
-            check_adapter(part)
     except BunnyLoraError:
         return None
     return files.sha256(*(path for part in parts for path in sorted(part.glob("adapter_*"))))

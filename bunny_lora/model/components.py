@@ -13,12 +13,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora.core import files, paths
+from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, random_models
+from bunny_lora.model import hub, kinds, random_models, variants
 from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
@@ -45,9 +47,12 @@ def resolve_base_model(name: str) -> str:
     Stand-ins are built where they are named for the first time.
 
     Raises:
-        BunnyLoraError: there is no such folder, and the hub's model could not be had.
+        BunnyLoraError: there is no such folder, the hub's model could not be had, or it is no Stable
+            Diffusion of the kind that is trained here.
     """
-    return folder_here(name) or str(_from_hub(name))
+    folder = folder_here(name) or str(_from_hub(name))
+    kinds.check(Path(folder), name)
+    return folder
 
 
 def base_commit(name: str) -> str | None:
@@ -78,7 +83,7 @@ def _from_hub(name: str) -> Path:
 def _load(part: Any, base_model: str, subfolder: str, **kwargs: object) -> Any:
     try:
         return part.from_pretrained(resolve_base_model(base_model), subfolder=subfolder, **kwargs)
-    except (OSError, ValueError) as error:
+    except (NotImplementedError, OSError, ValueError) as error:
         raise model_not_loaded(base_model, error) from error
 
 
@@ -126,10 +131,15 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         BunnyLoraError: there is no such model here, and none could be had from the hub.
     """
+    variant = variants.variants(Path(resolve_base_model(base_model)))
+    variants.tell(base_model, variant)
     models = {
-        "text_encoder": _load(CLIPTextModel, base_model, "text_encoder", dtype=dtype),
-        "vae": _load(AutoencoderKL, base_model, "vae", torch_dtype=dtype),
-        "unet": _load(UNet2DConditionModel, base_model, "unet", torch_dtype=dtype),
+        part: _load(model, base_model, part, variant=variant[part], **{dtype_key: dtype})
+        for part, model, dtype_key in (
+            ("text_encoder", CLIPTextModel, "dtype"),
+            ("vae", AutoencoderKL, "torch_dtype"),
+            ("unet", UNet2DConditionModel, "torch_dtype"),
+        )
     }
     for model in models.values():
         model.requires_grad_(False).eval().to(device)
@@ -207,32 +217,31 @@ def save_model(model: Any, folder: Path) -> None:
 
 @quiet()
 @torch.no_grad()
-def draw_image(
-    pipe: diffusers.StableDiffusionPipeline,
-    prompt: str,
-    *,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    width: int,
-    height: int,
-    negative_prompt: str | None = None,
-    lora_scale: float = 1.0,
-) -> Image.Image:
-    """Draw one picture, width x height pixels, that depends on its arguments alone.
+def draw_image(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+    """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
     """
     pipe.set_progress_bar_config(disable=True)
+    if type(pipe.scheduler).__name__ != settings.sampler:
+        pipe.scheduler = _sampler(settings.sampler).from_config(pipe.scheduler.config)
+    scaled = settings.lora_scale != 1
     result = pipe(
-        prompt,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        width=width,
-        height=height,
-        cross_attention_kwargs=None if lora_scale == 1 else {"scale": lora_scale},
+        settings.prompt,
+        generator=torch.Generator("cpu").manual_seed(settings.seed),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        width=settings.width,
+        height=settings.height,
+        cross_attention_kwargs={"scale": settings.lora_scale} if scaled else None,
     )
-    return result.images[0]
+    return add_metadata(result.images[0], settings.model_dump())
+
+
+def _sampler(name: str) -> Any:
+    known = {scheduler.name: scheduler for scheduler in KarrasDiffusionSchedulers}
+    if name not in known:
+        raise BunnyLoraError(f"No sampler {name[:100]!r}: diffusers has {', '.join(sorted(known))}.")
+    return getattr(diffusers, name)

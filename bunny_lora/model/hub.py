@@ -6,6 +6,7 @@ weights it began with; `bunny-lora download` asks for what is new.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,20 +24,12 @@ from huggingface_hub.utils import filter_repo_objects
 from bunny_lora.core.progress import progress
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import kinds, variants
+from bunny_lora.model.kinds import CONFIGS
 
-# Safetensors alone: a pickle can run code, and a safety checker is never loaded.
-NEEDED = (
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/*.json",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "unet/config.json",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-)
-LOADED = [*NEEDED, "tokenizer/merges.txt"]  # Newer tokenizers have it in their tokenizer.json.
+# What tells a model's kind, and its tokenizer; merges.txt is in the tokenizer.json of newer ones.
+SMALL = (*CONFIGS, "tokenizer/*.json", "tokenizer/merges.txt")
+REQUIRED = (*CONFIGS, "tokenizer/*.json")
 
 
 def local(name: str) -> Path:
@@ -55,7 +48,9 @@ def cached(name: str) -> Path | None:
     """Return the folder in the hub's cache if all parts are there, without any connection."""
     repo, revision = split_revision(name)
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=LOADED, local_files_only=True)
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=list(SMALL), local_files_only=True
+        )
     except (EntryNotFoundError, HFValidationError):
         return None
     return None if _missing(Path(found)) else Path(found)
@@ -64,43 +59,80 @@ def cached(name: str) -> Path | None:
 def download(name: str) -> Path:
     """Fetch what is new or missing of a hub's base model, with a bar; whole files are kept.
 
-    A connection that breaks is taken up again in the middle of a file, a few times.
+    Only safetensors are fetched, since a pickle can run code, and only what is loaded: no safety
+    checker. A connection that breaks is taken up again in the middle of a file, a few times.
 
     Raises:
-        BunnyLoraError: no such model or no access to it, no connection, or it has no safetensors.
+        BunnyLoraError: no such model or no access to it, no connection, no Stable Diffusion, or one
+            without safetensors.
     """
     repo, revision = split_revision(name)
     try:
-        _tell(name)
+        about = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=LOADED, tqdm_class=cast(Any, progress)
+            repo, revision=revision, allow_patterns=list(CONFIGS), tqdm_class=cast(Any, _no_bar)
         )
+        kinds.check(Path(folder), name)
+        wanted = [*SMALL, *_weights(name, sizes)]
+        _tell(name, str(about.sha), sizes, wanted)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=wanted, tqdm_class=cast(Any, progress)
+        )
+    except BunnyLoraError:
+        raise
     except Exception as error:  # Its HTTP library is not ours to name, and raises what it likes.
         raise _explained(name, error) from error
     if missing := _missing(Path(folder)):
-        raise BunnyLoraError(
-            f"{name} is no Stable Diffusion in diffusers' layout with safetensors weights; it has no"
-            f" {', no '.join(missing)}. Weights as pickles (.bin, .ckpt) are not loaded from the hub,"
-            " since they can run code."
-        )
+        raise _incomplete(name, missing, sizes)
     return Path(folder)
 
 
-def _tell(name: str) -> None:
+def _no_bar(*args: Any, **kwargs: Any) -> Any:
+    return progress(*args, **kwargs | {"disable": True})
+
+
+def _weights(name: str, files: Iterable[str]) -> list[str]:
+    """Return the file that each part is read from; refuse a model that has none for one of them."""
+    found = {part: variants.weights_file(files, part) for part in variants.WEIGHTS}
+    if missing := [_plain(part) for part, file in found.items() if file is None]:
+        raise _incomplete(name, missing, files)
+    return [file for file in found.values() if file is not None]
+
+
+def _tell(name: str, commit: str, sizes: Mapping[str, int], wanted: list[str]) -> None:
     """Say what is about to be fetched, before the bar."""
-    repo, revision = split_revision(name)
-    about = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
-    wanted = list(filter_repo_objects(sizes, allow_patterns=LOADED))
-    total = sum(sizes[path] for path in wanted)
+    files = list(filter_repo_objects(sizes, allow_patterns=wanted))
+    total = sum(sizes[path] for path in files)
     print(
-        f"Downloading {repo}, commit {str(about.sha)[:12]}: {len(wanted)} of its {len(sizes)} files,"
-        f" {total / 1e9:.2g} of {sum(sizes.values()) / 1e9:.2g} GB, to the hub's cache"
+        f"Downloading {split_revision(name)[0]}, commit {commit[:12]}: {len(files)} of its"
+        f" {len(sizes)} files, {total / 1e9:.2g} of {sum(sizes.values()) / 1e9:.2g} GB, to the hub's"
+        " cache"
     )
 
 
 def _missing(folder: Path) -> list[str]:
-    return [pattern for pattern in NEEDED if not any(folder.glob(pattern))]
+    missing = [pattern for pattern in REQUIRED if not any(folder.glob(pattern))]
+    names = [path.relative_to(folder).as_posix() for path in folder.glob("*/*.safetensors")]
+    return missing + [_plain(p) for p in variants.WEIGHTS if not variants.weights_file(names, p)]
+
+
+def _plain(part: str) -> str:
+    return f"{part}/{variants.WEIGHTS[part]}.safetensors"
+
+
+def _incomplete(name: str, missing: list[str], files: Iterable[str]) -> BunnyLoraError:
+    text = (
+        f"{name} is no Stable Diffusion in diffusers' layout with safetensors weights; it has no"
+        f" {', no '.join(missing)}. Weights as pickles (.bin, .ckpt) are not loaded from the hub,"
+        " since they can run code."
+    )
+    if single := [file for file in files if "/" not in file and file.endswith(".safetensors")]:
+        text += (
+            f" It holds {single[0]}: if that is a whole checkpoint, fetch it with"
+            f" `hf download {split_revision(name)[0]} {single[0]}` and name the file in base_model."
+        )
+    return BunnyLoraError(text)
 
 
 def _explained(name: str, error: Exception) -> BunnyLoraError:

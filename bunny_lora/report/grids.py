@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from bunny_lora.config import load_config
+from bunny_lora.core.eval_result import EvalResult
 from bunny_lora.report.plot import LABEL_PT, WIDTH_IN, Plot, show, spread, wrap
 from bunny_lora.report.scores import conditions, read_result
 
@@ -41,9 +41,9 @@ def picture_grid(
         figure.label(left, top - 0.38, heading, size=LABEL_PT, weight="bold")
         for head in heads:
             figure.label(left, top - 0.18, head)
-            for row, pictures in enumerate(cells):
-                if (picture := pictures[column]) is not None:
-                    show(figure.panel(left, top + row * step, cell, cell), picture)
+            for row, images in enumerate(cells):
+                if (image := images[column]) is not None:
+                    show(figure.panel(left, top + row * step, cell, cell), image)
             column, left = column + 1, left + step
         left += 2 * GAP_IN
     for row, label in enumerate(labels):
@@ -78,44 +78,44 @@ def _sample_prompt(run_dir: Path, name: str) -> str:
 def before_after_grid(run_dir: Path, max_rows: int = 8, max_images: int = 2) -> Figure:
     """Show training crops, base and LoRA: a row a prompt, base and LoRA from the same seeds."""
     result, folder = read_result(run_dir), run_dir / "evaluation"
-    drawn = _by_model(result, folder)
+    generated = _by_model(result, folder)
     rows = _rows(result, max_rows)
-    n_seeds = min(result["settings"]["num_images_per_prompt"], max_images)
-    crops = {name: [folder / f for f in files] for name, files in result["training_crops"].items()}
+    n_seeds = min(result.settings.num_images_per_prompt, max_images)
+    crops = {name: [folder / f for f in files] for name, files in result.training_crops.items()}
     cells, labels = [], []
     for character, prompt in rows:
         shown = crops.get(character, [])[:2]
         if shown:  # other crops for the character's next prompt
             crops[character] = [*crops[character][2:], *shown]
         labels.append(prompt if shown else f"{prompt} (names nobody: should not change)")
-        keys = [key for key in drawn["final"] if key[:2] == (character, prompt)][:n_seeds]
-        drawings = [drawn[model].get(key) for model in ("base", "final") for key in keys]
-        cells.append([*shown, *[None] * (2 - len(shown)), *drawings])
+        keys = [key for key in generated["final"] if key[:2] == (character, prompt)][:n_seeds]
+        images = [generated[model].get(key) for model in ("base", "final") for key in keys]
+        cells.append([*shown, *[None] * (2 - len(shown)), *images])
     heads = [f"seed {letter}" for letter in ascii_uppercase[:n_seeds]]
     groups = [("training frames", ["", ""]), ("base model", heads), ("with LoRA", heads)]
     titles = ("Before and after: what the LoRA changed", conditions(result))
     return picture_grid(titles, labels, groups, cells)
 
 
-def _rows(result: dict[str, Any], n: int) -> list[tuple[str, str]]:
+def _rows(result: EvalResult, n: int) -> list[tuple[str, str]]:
     """Return at most `n` pairs of character and prompt: every character's first prompt comes first."""
-    finals = [p for p in result["pictures"] if p["model"] == "final"]
-    rows = list(dict.fromkeys((p["character"], p["prompt"]) for p in finals))
-    by_prompt = sorted(finals, key=lambda p: p["prompt_index"])
-    kept = list(dict.fromkeys((p["character"], p["prompt"]) for p in by_prompt))[:n]
+    finals = [image for image in result.images if image.model == "final"]
+    rows = list(dict.fromkeys((image.character, image.prompt) for image in finals))
+    by_prompt = sorted(finals, key=lambda image: image.prompt_index)
+    kept = list(dict.fromkeys((image.character, image.prompt) for image in by_prompt))[:n]
     return [row for row in rows if row in kept]
 
 
 def checkpoint_grid(run_dir: Path, max_columns: int = 7) -> Figure:
     """Show the same prompts and seeds drawn by the base, the checkpoints and the final weights."""
     result = read_result(run_dir)
-    drawn = _by_model(result, run_dir / "evaluation")
-    models = ["base", *(name for name in drawn if name not in ("base", "final")), "final"]
-    keys = min(map(list, drawn.values()), key=len)
+    generated = _by_model(result, run_dir / "evaluation")
+    models = ["base", *(name for name in generated if name not in ("base", "final")), "final"]
+    keys = min(map(list, generated.values()), key=len)
     if len(models) == 2:  # no checkpoint but final: one picture for each character will do
         keys = list({key[0]: key for key in reversed(keys)}.values())[::-1][:3]
     models = spread(models, max_columns)
-    cells = [[drawn[model].get(key) for model in models] for key in keys]
+    cells = [[generated[model].get(key) for model in models] for key in keys]
     steps = [name.replace("checkpoint-", "step ") for name in models[1:-1]]
     groups = [("base model", [""]), ("checkpoints", steps), ("final", [""])]
     note = f"each row: one prompt and one seed; {conditions(result)}"
@@ -123,10 +123,10 @@ def checkpoint_grid(run_dir: Path, max_columns: int = 7) -> Figure:
     return picture_grid(titles, [key[1] for key in keys], [g for g in groups if g[1]], cells)
 
 
-def _by_model(result: dict[str, Any], folder: Path) -> dict[str, dict[tuple, Path]]:
-    """Return for each model its pictures by (character, prompt, seed), in the order of the protocol."""
-    drawn: dict[str, dict[tuple, Path]] = {}
-    for picture in result["pictures"]:
-        key = (picture["character"], picture["prompt"], picture["seed"])
-        drawn.setdefault(picture["model"], {})[key] = folder / picture["file"]
-    return drawn
+def _by_model(result: EvalResult, folder: Path) -> dict[str, dict[tuple, Path]]:
+    """Return for each model its images by (character, prompt, seed), in the order of the protocol."""
+    generated: dict[str, dict[tuple, Path]] = {}
+    for image in result.images:
+        key = (image.character, image.prompt, image.seed)
+        generated.setdefault(image.model, {})[key] = folder / image.file
+    return generated

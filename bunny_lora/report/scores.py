@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from bunny_lora.core import files
+from bunny_lora.core import eval_result
+from bunny_lora.core.eval_result import EvalResult, Interval, ScoreTable
 from bunny_lora.report.plot import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
 
 TABLE_WIDTH = 82
@@ -20,25 +21,26 @@ MEASURES = {
     "fidelity": ("Fidelity", "likeness to the training crops", "higher is better"),
     "consistency": ("Consistency", "likeness within a character", "above the data: too alike"),
     "separation": ("Separation", "nearest to the own character", "higher is better"),
-    "max_copy": ("Copying", "likeness to the nearest frame", "too high: learnt by heart"),
+    "memorisation": ("Copying", "likeness to the nearest frame", "too high: learnt by heart"),
 }
 
 
-def read_result(run_dir: Path) -> dict[str, Any]:
+def read_result(run_dir: Path) -> EvalResult:
     """Return `evaluation/eval.json` of a run."""
-    return files.read_json(run_dir / "evaluation" / "eval.json")
+    return eval_result.read(run_dir)
 
 
-def conditions(result: dict[str, Any]) -> str:
+def conditions(result: EvalResult) -> str:
     """Say in one line what drew the pictures, and a warning where they mean nothing."""
-    s = result["settings"]
-    text = f"{result['base_model']}, {s['resolution']} px, {s['num_inference_steps']} denoising steps"
-    return f"{text}; {result['warning']}" if result["warning"] else text
+    settings = result.settings
+    size, steps = settings.resolution, settings.num_inference_steps
+    text = f"{result.base_model}, {size} px, {steps} denoising steps"
+    return f"{text}; {result.warning}" if result.warning else text
 
 
-def scores_chart(result: dict[str, Any]) -> Figure:
+def scores_chart(result: EvalResult) -> Figure:
     """Show every measure for base and LoRA, a row a character, with what the training data scores."""
-    characters = list(result["models"]["final"]["characters"])[:10]
+    characters = list(result.models["final"].characters)[:10]
     rows = [*characters, *(["all"] if len(characters) > 1 else [])]
     height = 0.34 * len(rows) + 0.1
     figure = Plot(height + 2.0, _headline(result), conditions(result))
@@ -58,17 +60,17 @@ def scores_chart(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _scores_of(axes: Axes, y: float, result: dict[str, Any], measure: str, row: str) -> None:
+def _scores_of(axes: Axes, y: float, result: EvalResult, measure: str, row: str) -> None:
     """Draw one row of a panel: base and LoRA with their intervals, and marks to read them against."""
     for model, colour, shift in (("base", GREY, -0.17), ("final", BLUE, 0.17)):
-        if value := of_row(result["models"][model], row).get(measure):
-            if value["low"] is not None:
-                axes.plot([value["low"], value["high"]], [y + shift] * 2, color=colour, linewidth=1.5)
-            axes.plot(value["mean"], y + shift, "o", color=colour, markersize=6)
-    if (own := training_score(result, measure, row)) is not None:
-        axes.plot([own, own], [y - 0.36, y + 0.36], color=GREEN, linewidth=2)
+        if value := score_of(result.models[model], row, measure):
+            if value.low is not None and value.high is not None:
+                axes.plot([value.low, value.high], [y + shift] * 2, color=colour, linewidth=1.5)
+            axes.plot(value.mean, y + shift, "o", color=colour, markersize=6)
+    if (of_data := training_score(result, measure, row)) is not None:
+        axes.plot([of_data, of_data], [y - 0.36, y + 0.36], color=GREEN, linewidth=2)
     if measure == "separation":
-        axes.axvline(result["reference"]["chance_level"], color=ORANGE, linewidth=1, linestyle=":")
+        axes.axvline(result.reference.chance_level, color=ORANGE, linewidth=1, linestyle=":")
         axes.set_xlim(-0.05, 1.05)
 
 
@@ -86,73 +88,78 @@ def _legend(figure: Plot) -> None:
     figure.legend(handles=marks, loc="upper left", bbox_to_anchor=place, ncols=len(marks), **style)
 
 
-def of_row(table: dict[str, Any], row: str) -> dict[str, Any]:
-    """Return a table's measures for "all" images or for one character."""
-    return table["all"] if row == "all" else table["characters"][row]
+def score_of(table: ScoreTable, row: str, measure: str) -> Interval | None:
+    """Return a measure over "all" images or over those of one character."""
+    return getattr(table.all if row == "all" else table.characters[row], measure)
 
 
-def training_score(result: dict[str, Any], measure: str, row: str) -> float | None:
+def training_score(result: EvalResult, measure: str, row: str) -> float | None:
     """Return what the training data itself scores, where that can be said."""
-    reference = result["reference"]
+    reference = result.reference
     if measure in ("fidelity", "consistency"):
-        value = reference["likeness_of_crops"].get(row)
-    elif row != "all" and len(reference["n_crops"]) > 1:
+        value = reference.similarity_of_crops.get(row)
+    elif row != "all" and len(reference.n_crops) > 1:
         return None
+    elif measure == "separation":
+        value = reference.separation_of_crops
     else:
-        name = "separation_of_crops" if measure == "separation" else "nearest_other_frame"
-        value = reference[name]
-    return value["mean"] if value else None
+        value = reference.nearest_other_frame
+    return _mean(value)
 
 
-def _headline(result: dict[str, Any]) -> str:
+def _headline(result: EvalResult) -> str:
     """Say what happened to fidelity, and whether more than chance is behind it."""
-    change = result["differences"]["all"]["fidelity"]
-    mean = _number(change["mean"], "+")
-    if change["low"] is None:
+    change = result.differences.all.fidelity
+    mean = _number(change.mean, "+")
+    if change.low is None or change.high is None:
         return f"Fidelity changed by {mean}; too few images to say more"
-    span = f"{mean} (95 %: {_number(change['low'], '+')} to {_number(change['high'], '+')})"
-    if change["low"] <= 0 <= change["high"]:
+    span = f"{mean} (95 %: {_number(change.low, '+')} to {_number(change.high, '+')})"
+    if change.low <= 0 <= change.high:
         return f"No clear change in fidelity: {span}"
-    return f"The LoRA {'raised' if change['mean'] > 0 else 'lowered'} fidelity: {span}"
+    return f"The LoRA {'raised' if change.mean > 0 else 'lowered'} fidelity: {span}"
 
 
-def scores_table(result: dict[str, Any]) -> str:
+def scores_table(result: EvalResult) -> str:
     """Return all scores as plain text, always 82 columns wide."""
     lines = [wrap(_headline(result), TABLE_WIDTH, 3), wrap(conditions(result), TABLE_WIDTH, 3), ""]
     head = (
         f"{'':<15} {'measure':<12}{'base':>8}{'LoRA':>8}{'change':>9}{'95 % interval':>20}{'data':>9}"
     )
     lines += [head, "-" * TABLE_WIDTH]
-    characters = list(result["models"]["final"]["characters"])
+    characters = list(result.models["final"].characters)
     for row in [*characters, *(["all"] if len(characters) > 1 else [])]:
         for place, measure in enumerate(MEASURES):
             lines.append(
                 f"{cut(row, 15) if place == 0 else '':<15} {_score_line(result, measure, row)}"
             )
-    drift, reference = result["drift"], result["reference"]
+    drift = result.drift
     lines += [
         "-" * TABLE_WIDTH,
-        f"drift of prompts without a name {drift['mean']:.3f} (0: nothing changed), n = {drift['n']}",
-        f"separation by guessing {reference['chance_level']:.3f}",
-        f"features: {result['settings']['features']}; {result['seconds_per_image']:.1f} s an image",
+        f"drift of prompts without a name {drift.mean:.3f} (0: nothing changed), n = {drift.n}",
+        f"separation by guessing {result.reference.chance_level:.3f}",
+        f"features: {result.settings.features}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _score_line(result: dict[str, Any], measure: str, row: str) -> str:
+def _score_line(result: EvalResult, measure: str, row: str) -> str:
     base, final, change = (
-        of_row(table, row).get(measure)
-        for table in (result["models"]["base"], result["models"]["final"], result["differences"])
+        score_of(table, row, measure)
+        for table in (result.models["base"], result.models["final"], result.differences)
     )
-    means = f"{_number(base and base['mean']):>8}{_number(final and final['mean']):>8}"
+    means = f"{_number(_mean(base)):>8}{_number(_mean(final)):>8}"
     span = (
-        f"{_number(change['low'], '+')} to {_number(change['high'], '+')}"
-        if change and change["low"] is not None
+        f"{_number(change.low, '+')} to {_number(change.high, '+')}"
+        if change and change.low is not None
         else "-"
     )
-    own = _number(training_score(result, measure, row))
-    return f"{measure:<12}{means}{_number(change and change['mean'], '+'):>9}{span:>20}{own:>9}"
+    of_data = _number(training_score(result, measure, row))
+    return f"{measure:<12}{means}{_number(_mean(change), '+'):>9}{span:>20}{of_data:>9}"
+
+
+def _mean(value: Interval | None) -> float | None:
+    return value.mean if value else None
 
 
 def _number(value: float | None, sign: str = "") -> str:

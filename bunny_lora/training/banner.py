@@ -13,10 +13,11 @@ from bunny_lora.core import paths
 from bunny_lora.model import adapters, devices
 from bunny_lora.model.devices import peak_memory_gb
 from bunny_lora.model.random_models import STANDINS
+from bunny_lora.training import optim
 from bunny_lora.training.objective import Learner
 
 if TYPE_CHECKING:
-    from bunny_lora.trainer import LoRATrainer
+    from bunny_lora.training.setup import Setup
 
 RANDOM = " (random weights: its pictures are noise)"
 
@@ -48,22 +49,22 @@ def time_trial(learner: Learner, optimizer: Optimizer) -> Trial:
     return Trial(micro_batch_sec, forward_sec)
 
 
-def estimate_sec(trainer: LoRATrainer, trial: Trial, n_steps: int) -> float:
+def estimate_sec(setup: Setup, trial: Trial, n_steps: int) -> float:
     """Return the seconds that `n_steps` and their validation pictures are expected to take.
 
     A picture costs a forward pass per inference step on two samples (with and without the prompt).
     """
-    training, sampling = trainer.config.training, trainer.config.sampling
+    training, sampling = setup.config.training, setup.config.sampling
     n_pictures = len(training.validation_prompts) * training.num_validation_images
     n_pictures *= -(-n_steps // training.save_steps)
     picture_sec = sampling.num_inference_steps * 2 * trial.forward_sec / training.batch_size
-    count = trainer.group.count
-    return n_steps * _step_sec(trainer, trial) + -(-n_pictures // count) * picture_sec
+    count = setup.group.count
+    return n_steps * _step_sec(setup, trial) + -(-n_pictures // count) * picture_sec
 
 
-def _step_sec(trainer: LoRATrainer, trial: Trial) -> float:
+def _step_sec(setup: Setup, trial: Trial) -> float:
     """Return what the process with the most micro-batches of a step needs for them."""
-    n_own = -(-trainer.config.training.gradient_accumulation_steps // trainer.group.count)
+    n_own = -(-setup.config.training.gradient_accumulation_steps // setup.group.count)
     return n_own * trial.micro_batch_sec
 
 
@@ -80,11 +81,11 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
+def describe(setup: Setup, trial: Trial, n_steps: int) -> str:
     """Return the opening banner, one fact a line."""
-    config, training, parts = trainer.config, trainer.config.training, trainer.parts
+    config, training, parts = setup.config, setup.config.training, setup.parts
     counts = {part: _count(getattr(parts, part)) for part in adapters.PARTS}
-    step_sec, count = _step_sec(trainer, trial), trainer.group.count
+    step_sec, count = _step_sec(setup, trial), setup.group.count
     shared = f", {count} processes" if count > 1 else ""
     per_step = f"{training.batch_size} x {training.gradient_accumulation_steps}"
     precision = str(parts.dtype).removeprefix("torch.")
@@ -93,13 +94,14 @@ def describe(trainer: LoRATrainer, trial: Trial, n_steps: int) -> str:
         "base model": config.base_model + (RANDOM if config.base_model in STANDINS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
-        "images": f"{len(trainer.learner.images.captions)} at {config.resolution} px",
+        "learning rate": optim.describe_schedule(training),
+        "images": f"{len(setup.learner.images.captions)} at {config.resolution} px",
         "steps": f"{n_steps} of {per_step} images, checkpoint every {training.save_steps}",
-        "estimate": f"{duration(estimate_sec(trainer, trial, n_steps))} ({step_sec:.2f} s a step)",
+        "estimate": f"{duration(estimate_sec(setup, trial, n_steps))} ({step_sec:.2f} s a step)",
         "memory": f"{peak_memory_gb(parts.device):.1f} GB at most in a trial step",
-        "run folder": paths.relative(trainer.run_dir),
+        "run folder": paths.relative(setup.config.run_dir),
     }
-    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
 
 def _count(model: torch.nn.Module) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora.core import files
+from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters
 
@@ -219,6 +219,14 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def recorded_precision(folder: Path) -> str | None:
+    """Return the precision that a checkpoint was trained in, "bfloat16" for one; None if unrecorded."""
+    try:
+        return str(files.read_json(folder / STATE)["history"][-1]["environment"]["precision"])
+    except (BunnyLoraError, KeyError, IndexError, TypeError):
+        return None
+
+
 def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> None:
     """Remove the checkpoints that nobody needs any more.
 
@@ -230,9 +238,9 @@ def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> No
     kept = set(milestones if keep is None else milestones[-keep:])
     kept |= {step for step, folder in checkpoints.items() if (folder / KEEP).exists()}
     kept |= set(list(checkpoints)[-1:] if finished else list(checkpoints)[-N_NEWEST:])
-    judged = _judged(run_dir)
+    evaluated = _evaluated(run_dir, checkpoints.values(), say=finished)
     for step, folder in checkpoints.items():
-        if step not in kept and folder.name not in judged:
+        if step not in kept and folder.name not in evaluated:
             files.remove(folder)
 
 
@@ -243,9 +251,12 @@ def _is_milestone(folder: Path) -> bool:
         return True
 
 
-def _judged(run_dir: Path) -> set[str]:
-    path = run_dir / "evaluation" / "eval.json"
+def _evaluated(run_dir: Path, checkpoints: Iterable[Path], *, say: bool) -> set[str]:
+    """Return the names that the evaluation speaks of; all of them where it cannot be understood."""
     try:
-        return set(files.read_json(path)["models"]) if path.is_file() else set()
-    except (BunnyLoraError, KeyError, TypeError):
-        return set()
+        result = eval_result.find(run_dir)
+    except BunnyLoraError as error:
+        if say:
+            print(f"All checkpoints stay, since the evaluation may speak of them. {error}")
+        return {folder.name for folder in checkpoints}
+    return set(result.models) if result else set()

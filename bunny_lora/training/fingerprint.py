@@ -18,6 +18,7 @@ from bunny_lora.config import Config
 from bunny_lora.core import provenance
 from bunny_lora.core.values import split_revision
 from bunny_lora.model import components, devices
+from bunny_lora.training.optim import unused_keys
 
 # Data and class images are told by their hash, not by their path; the rest changes when things are
 # written, not what.
@@ -98,7 +99,8 @@ def _processor() -> str:
 
 def mathematical_differences(before: Identity, now: Identity) -> list[str]:
     """Return one line for each difference that makes it another run."""
-    found = _compare(before.settings, now.settings)
+    unused = {f"training.{key}" for key in unused_keys(now.settings["training.lr_scheduler"])}
+    found = _compare(*({k: v for k, v in x.settings.items() if k not in unused} for x in (before, now)))
     if before.data_sha256 != now.data_sha256:
         found.append("the training data: other images or captions now")
     if None not in (before.base_commit, now.base_commit) and before.base_commit != now.base_commit:

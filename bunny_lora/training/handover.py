@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths
+from bunny_lora.core.eval_result import MeanScores
 from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
+from bunny_lora.training import checkpoint
 
 HANDOVER = "handover.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[2] = 2  # 1 called `memorisation` of the scores `max_copy`
 
 
 class _Part(BaseModel):
@@ -58,20 +60,21 @@ class Recommended(_Part):
 class Handover(_Part):
     """A run, ready to be drawn with. Paths start at the folder of the file."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     base_model: str
     base_revision: str | None = None
     weights: str
     weights_sha256: str
     format: Literal["peft"] = "peft"
+    precision: str | None = None
     step: int
     trigger_words: list[TriggerWord]
     token_budget: TokenBudget
     recommended: Recommended
-    scores: dict[str, Any] | None = None
+    scores: MeanScores | None = None
 
 
-def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None = None) -> Path:
+def write_handover(run_dir: Path, config: Config, scores: MeanScores | None = None) -> Path:
     """Write `handover.json` about `run_dir/final`; scores that are known of the same weights stay.
 
     Args:
@@ -90,6 +93,7 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
         base_revision=components.base_commit(config.base_model),
         weights=final.name,
         weights_sha256=digest,
+        precision=_newest_precision(run_dir),
         step=config.training.max_train_steps,
         trigger_words=[
             TriggerWord(word=name, training_images=n, tokens=count_tokens(name, tokenizer) - 2)
@@ -98,18 +102,23 @@ def write_handover(run_dir: Path, config: Config, scores: dict[str, Any] | None 
         token_budget=TokenBudget(
             total=tokenizer.model_max_length, for_prompt=tokenizer.model_max_length - 2
         ),
-        recommended=Recommended(
-            lora_scale=1.0,
-            num_inference_steps=config.sampling.num_inference_steps,
-            guidance_scale=config.sampling.guidance_scale,
-            width=config.resolution,
-            height=config.resolution,
-            sampler=components.sampler_name(config.base_model),
-        ),
+        recommended=recommended_by(config),
         scores=scores,
     )
     files.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
     return run_dir / HANDOVER
+
+
+def recommended_by(config: Config) -> Recommended:
+    """Return how to draw with a run: as its samples and its evaluation are drawn."""
+    return Recommended(
+        lora_scale=1.0,
+        num_inference_steps=config.sampling.num_inference_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        width=config.resolution,
+        height=config.resolution,
+        sampler=components.sampler_name(config.base_model),
+    )
 
 
 def read_handover(run_dir: str | Path) -> Handover:
@@ -129,10 +138,10 @@ def read_handover(run_dir: str | Path) -> Handover:
         version = told["schema_version"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise BunnyLoraError(f"{path} is damaged; run `bunny-lora train` again to write it.") from None
-    if version != SCHEMA_VERSION:
+    if version not in (1, SCHEMA_VERSION):
         raise BunnyLoraError(
-            f"{path} has schema_version {version}, and this bunny_lora reads {SCHEMA_VERSION}: use the"
-            " version that wrote it, or train with this one."
+            f"{path} has schema_version {version}, and this bunny_lora reads up to {SCHEMA_VERSION}:"
+            " use the version that wrote it, or train with this one."
         )
     try:
         return Handover.model_validate(told)
@@ -140,6 +149,20 @@ def read_handover(run_dir: str | Path) -> Handover:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise BunnyLoraError(f"{path} is damaged: {where}: {first['msg']}.") from None
+
+
+def recorded_precision(run_dir: Path, weights: Path) -> str | None:
+    """Return the precision that some of a run's weights were trained in; None if it recorded none.
+
+    A checkpoint says so itself; else it is in `handover.json`, or in the newest checkpoint beside.
+    """
+    handed_over = read_handover(run_dir).precision if (run_dir / HANDOVER).is_file() else None
+    return checkpoint.recorded_precision(weights) or handed_over or _newest_precision(run_dir)
+
+
+def _newest_precision(run_dir: Path) -> str | None:
+    newest = list(checkpoint.list_checkpoints(run_dir).values())[-1:]
+    return checkpoint.recorded_precision(newest[0]) if newest else None
 
 
 def _known(run_dir: Path) -> Handover | None:

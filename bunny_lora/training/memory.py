@@ -20,7 +20,7 @@ from bunny_lora.model import devices
 from bunny_lora.model.components import Components
 
 if TYPE_CHECKING:
-    from bunny_lora.trainer import LoRATrainer
+    from bunny_lora.training.setup import Setup
 
 # Fitted on random-bk-sdm-tiny, float32, 2 threads. A step took 0.48 GB at 256 px, 1.71 GB at 512 px and
 # 1.26 GB there with gradient checkpointing; tensors alone are 0.26, 1.01 and 0.36 GB.
@@ -61,12 +61,12 @@ class _Counter(TorchDispatchMode):
         self.now -= size
 
 
-def step_bytes(trainer: LoRATrainer) -> float:
+def step_bytes(setup: Setup) -> float:
     """Return the most that one micro-batch and one update need on top of the model in memory.
 
     Activations, gradients and the optimiser's moments; also with gradient checkpointing.
     """
-    parts, training, config = trainer.parts, trainer.config.training, trainer.config
+    parts, training, config = setup.parts, setup.config.training, setup.config
     count = training.batch_size * (2 if config.prior_preservation.enabled else 1)
     side, device = config.resolution // 8, parts.device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -80,7 +80,7 @@ def step_bytes(trainer: LoRATrainer) -> float:
                 hidden = text_encoder(tokens)[0]
             prediction = unet(latents.to(parts.dtype), timesteps, hidden).sample
             torch.nn.functional.mse_loss(prediction.float(), latents).backward()
-    moments = sum(2 * p.numel() * p.element_size() for p in trainer.trainable())
+    moments = sum(2 * p.numel() * p.element_size() for p in setup.trainable())
     packed = REPACKED * _weights(parts.unet) if device.type == "cpu" else 0
     return GAPS * counter.peak + moments + packed
 
@@ -124,14 +124,14 @@ def check_pictures(parts: Components, resolution: int) -> None:
     _refuse_above(picture_bytes(parts, resolution), parts, "A picture", [_lower_resolution(resolution)])
 
 
-def check(trainer: LoRATrainer) -> None:
+def check(setup: Setup) -> None:
     """Refuse to start what would not fit.
 
     Raises:
         BunnyLoraError: a step needs more than is free; says how much, and what to lower.
     """
-    config, training = trainer.config, trainer.config.training
-    if _plenty(trainer.parts, training.batch_size, config.resolution):
+    config, training = setup.config, setup.config.training
+    if _plenty(setup.parts, training.batch_size, config.resolution):
         return
     ways = {
         "training.gradient_checkpointing: true": not training.gradient_checkpointing,
@@ -142,7 +142,7 @@ def check(trainer: LoRATrainer) -> None:
         "lora.train_text_encoder: false": config.lora.train_text_encoder,
     }
     helping = [way for way, helps in ways.items() if helps]
-    _refuse_above(step_bytes(trainer), trainer.parts, "A training step", helping)
+    _refuse_above(step_bytes(setup), setup.parts, "A training step", helping)
 
 
 def _plenty(parts: Components, batch_size: int, resolution: int) -> bool:

@@ -1,24 +1,91 @@
-"""The optimiser and its schedule."""
+"""The optimiser and its learning rate's schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from bunny_lora.config import Config
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.errors import BunnyLoraError
 
+USER_OF = {
+    "lr_warmup_steps": "constant_with_warmup, or a schedule that falls",
+    "lr_num_cycles": "cosine_with_restarts",
+    "lr_power": "polynomial",
+}
 
-def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
-    """Return AdamW with torch's defaults, or bitsandbytes' 8-bit version of it.
+
+def build(config: Config, parameters: list[torch.nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+    """Return AdamW, or bitsandbytes' 8-bit version of it, and diffusers' schedule of `lr_scheduler`.
 
     Raises:
         BunnyLoraError: `use_8bit_adam` without bitsandbytes, or where it cannot step.
     """
+    training = config.training
+    optimizer = _optimizer(config, parameters)
+    lr_scheduler = get_scheduler(
+        training.lr_scheduler,
+        optimizer,
+        num_warmup_steps=training.lr_warmup_steps,
+        num_training_steps=training.max_train_steps,
+        num_cycles=training.lr_num_cycles,
+        power=training.lr_power,
+    )
+    return optimizer, lr_scheduler
+
+
+def unused_keys(lr_scheduler: str) -> set[str]:
+    """Return the keys of `training` that a schedule makes nothing of."""
+    users = {
+        "lr_warmup_steps": lr_scheduler != "constant",
+        "lr_num_cycles": lr_scheduler == "cosine_with_restarts",
+        "lr_power": lr_scheduler == "polynomial",
+    }
+    return {key for key, is_used in users.items() if not is_used}
+
+
+def doubts(training: TrainingSection) -> list[str]:
+    """Return a line for each setting of the schedule that would do nothing, in silence."""
+    name, fields = training.lr_scheduler, TrainingSection.model_fields
+    lines = [
+        f"training.{key}: {getattr(training, key)} does nothing with training.lr_scheduler: {name}."
+        f" Take it out, or choose {USER_OF[key]}."
+        for key in sorted(unused_keys(name))
+        if getattr(training, key) != fields[key].default
+    ]
+    if name == "cosine_with_restarts" and training.lr_num_cycles == 1:
+        lines.append(f"training.lr_scheduler: {name} is cosine: set training.lr_num_cycles above 1.")
+    if name == "polynomial" and training.lr_power == 1:
+        lines.append(f"training.lr_scheduler: {name} is linear: set another training.lr_power than 1.")
+    return lines
+
+
+def describe_schedule(training: TrainingSection) -> str:
+    """Return a learning rate and how it changes, in a line: "0.0001, cosine after 10 steps of rise"."""
+    said = [f"{training.learning_rate:g}, {training.lr_scheduler}"]
+    used = {"lr_warmup_steps", "lr_num_cycles", "lr_power"} - unused_keys(training.lr_scheduler)
+    if "lr_warmup_steps" in used and training.lr_warmup_steps:
+        said.append(f"rising in the first {training.lr_warmup_steps} steps")
+    if "lr_num_cycles" in used:
+        said.append(f"{training.lr_num_cycles} times")
+    if "lr_power" in used:
+        said.append(f"power {training.lr_power:g}")
+    return ", ".join(said)
+
+
+def _optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
+    settings: Any = {
+        "lr": config.training.learning_rate,
+        "weight_decay": config.training.weight_decay,
+    }
     if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, lr=config.training.learning_rate)
+        return torch.optim.AdamW(parameters, **settings)
     try:
         import bitsandbytes
     except ImportError:
@@ -27,7 +94,7 @@ def build_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Opt
             " false (LoRA's optimiser state is a few MB anyway)."
         ) from None
     _refuse_unless_it_steps(bitsandbytes.optim.AdamW8bit, parameters[0].device)
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=config.training.learning_rate)
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
 
 
 def _refuse_unless_it_steps(kind: Callable[..., Optimizer], device: torch.device) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora.config import Config, load_config
+from bunny_lora.config import RESUME_TAKES, Config, load_config
 from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.training import checkpoint, fingerprint, log
@@ -120,8 +120,8 @@ def _named(run_dir: Path, name: str) -> Path:
             return folder
     there = ", ".join(map(str, checkpoint.list_checkpoints(run_dir))) or "none yet"
     raise BunnyLoraError(
-        f"resume: {name} is no checkpoint. It takes auto, never, or a checkpoint: its step, its"
-        f" folder's name or path. Steps in {paths.relative(run_dir)}: {there}."
+        f"resume: {name} is no checkpoint. It {RESUME_TAKES}. Steps in"
+        f" {paths.relative(run_dir)}: {there}."
     )
 
 

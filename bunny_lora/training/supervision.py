@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bunny_lora.config import TrainingSection
 from bunny_lora.core import paths
 from bunny_lora.core.interrupts import StoppedError, StopRequest
 from bunny_lora.core.progress import progress
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.errors import BunnyLoraError, LostProcessError
 from bunny_lora.training import checkpoint
 from bunny_lora.training.checkpoint import TrainingState
@@ -53,8 +53,10 @@ class Supervisor:
         self.saved_step, self.saved_at = state.step, time.monotonic()
         self.recent: list[float] = []
 
-    def follow(self, records: Iterator[StepRecord]) -> None:
-        """Take the run to its end, or to a stop.
+    def follow(self, records: Iterator[StepRecord]) -> Iterator[StepRecord]:
+        """Take the run to its end, or to a stop, and pass its records on.
+
+        Who takes no more of them stops the run: its state is saved.
 
         Raises:
             StoppedError: a stop came from outside; the state was saved before.
@@ -70,6 +72,10 @@ class Supervisor:
                     self._note(record)
                     self._save_if_due()
                     bar.update()
+                    yield record
+            except GeneratorExit:
+                self._save_before_stopping()
+                raise
             except StopRequest as stop:
                 self._save_before_stopping()
                 raise StoppedError(self._where_it_goes_on(), stop.number) from None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from bunny_lora.config import Config, TrainingSection
-from bunny_lora.core import files
+from bunny_lora.config import Config
+from bunny_lora.core.image_file import ImageSettings, image_settings, is_current
+from bunny_lora.core.sections import TrainingSection
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import components
 
@@ -42,25 +43,27 @@ def samples_of(run_dir: Path, training: TrainingSection, step: int) -> list[Vali
     ]
 
 
-def missing_samples(run_dir: Path, training: TrainingSection, step: int) -> list[ValidationImage]:
-    """Return the samples of a step that a stop or a kill has left out."""
-    return [sample for sample in samples_of(run_dir, training, step) if not sample.path.is_file()]
+def missing_samples(run_dir: Path, config: Config, step: int) -> list[ValidationImage]:
+    """Return the samples of a step that a stop or a kill has left out, or that other settings drew."""
+    return [
+        sample
+        for sample in samples_of(run_dir, config.training, step)
+        if not is_current(sample.path, settings_of(config, sample.prompt, sample.seed), {})
+    ]
 
 
-def draw(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
-    """Draw one picture with the weights as they are."""
-    return components.draw_image(
-        pipe,
-        sample.prompt,
-        seed=sample.seed,
-        num_inference_steps=config.sampling.num_inference_steps,
-        guidance_scale=config.sampling.guidance_scale,
+def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
+    """Return how a run draws a prompt, for its samples and for its evaluation."""
+    return image_settings(
+        prompt=prompt,
+        seed=seed,
         width=config.resolution,
         height=config.resolution,
+        sampler=components.sampler_name(config.base_model),
+        **config.sampling.model_dump(),
     )
 
 
-def save(image: Image.Image, sample: ValidationImage) -> None:
-    """Write a picture where it belongs."""
-    with files.atomic_path(sample.path) as part:
-        image.save(part)
+def draw(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
+    """Draw one image with the weights as they are."""
+    return components.draw_image(pipe, settings_of(config, sample.prompt, sample.seed))

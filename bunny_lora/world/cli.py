@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bunny_lora.core.paths import relative
+from bunny_lora.core.paths import new, relative, typed
 from bunny_lora.errors import BunnyLoraError
 
 
@@ -15,18 +15,18 @@ def add_world(parser: argparse.ArgumentParser) -> None:
     """Give `bunny-lora world` its commands."""
     commands = parser.add_subparsers(required=True, metavar="command")
     film = commands.add_parser("film", help="write a whole stage-4 run of a made-up film")
-    film.add_argument("--out", type=Path, required=True, help="a new folder, outputs/<run>")
+    film.add_argument("--out", type=new, required=True, help="a new folder, outputs/<run>")
     film.add_argument("--frames", type=int, default=65, help="usable frames (65)")
     film.add_argument("--seed", type=int, default=0)
     film.set_defaults(run=_film)
 
     pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
     pretrain.add_argument("model", choices=["vae", "sd", "clip", "reader"])
-    pretrain.add_argument("--out", type=Path, required=True, help="folder of states and weights")
+    pretrain.add_argument("--out", type=new, required=True, help="folder of states and weights")
     pretrain.add_argument("--steps", type=int, help="length of the whole training")
     pretrain.add_argument("--batch-size", type=int, help="pictures a step")
     pretrain.add_argument("--peak-rate", type=float, help="highest learning rate")
-    pretrain.add_argument("--start-from", type=Path, help="trained sd/ or vae/ to learn on from")
+    pretrain.add_argument("--start-from", type=typed, help="trained sd/ or vae/ to learn on from")
     pretrain.add_argument("--stop-at", type=int, help="stop at this step, to go on another day")
     pretrain.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     pretrain.add_argument("--workers", type=int, default=0, help="processes that draw pictures")
@@ -35,8 +35,8 @@ def add_world(parser: argparse.ArgumentParser) -> None:
     measure = commands.add_parser(
         "measure", help="measure Bunny World's models: the model card's table"
     )
-    measure.add_argument("--out", type=Path, required=True, help="folder of the reader and the results")
-    measure.add_argument("--weights", type=Path, help="folder of sd/ and clip/ (the shipped ones)")
+    measure.add_argument("--out", type=new, required=True, help="folder of the reader and the results")
+    measure.add_argument("--weights", type=typed, help="folder of sd/ and clip/ (the shipped ones)")
     measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
     measure.set_defaults(run=_measure)
 

@@ -8,8 +8,6 @@ nobody named, some heroes seen far more often than others. On top come the defec
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bunny_lora.core.files import atomic_path
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.world.attributes import (
     HEROES,
@@ -77,16 +76,9 @@ def write_film(
         raise BunnyLoraError(f"A film needs at least one frame, not {n_frames}.")
     if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
         raise BunnyLoraError(f"{run_dir} exists and is not empty: choose another folder or remove it.")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
-    try:
-        _write(building, _takes(n_frames, seed, size[0] / size[1]), seed, size)
-        building.chmod(0o755)
-        if run_dir.exists():
-            run_dir.rmdir()
-        building.rename(run_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with atomic_path(run_dir) as part:
+        part.mkdir()
+        _write(part, _takes(n_frames, seed, size[0] / size[1]), seed, size)
     return run_dir
 
 

@@ -6,11 +6,11 @@ with each other. No hero is ever shown to it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from bunny_lora.world import attributes
 from bunny_lora.world.attributes import HEROES, Picture, Traits, hero_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.pretraining.data import filled_rows, heldout_seed, to_unit
-from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.learner import TrainState
 from bunny_lora.world.pretraining.tokenizer import MAX_TOKENS, build_tokenizer
 from bunny_lora.world.renderer import render
 
@@ -88,7 +88,7 @@ def character_traits(seed: int, index: int) -> Traits:
 
 
 def view(seed: int, index: int, number: int) -> tuple[Picture, np.random.Generator]:
-    """Return one of the pictures of a character, alone in a scene of its own, and luck to see with."""
+    """Return one of the pictures of a character, alone in its own scene, and what draws the lots."""
     rng = attributes.generator(seed, "view", index, number)
     scene = attributes.random_scene(rng)
     traits = character_traits(seed, index)
@@ -150,7 +150,7 @@ def _contrast(first: torch.Tensor, second: torch.Tensor, scale: torch.Tensor | f
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
 
 
-def recoloured(images: torch.Tensor, luck: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def hues_turned(images: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the hues of most families, by one angle in both pictures of both twins.
 
     Furs come in seven colours, and a judge that knows no others cannot tell a new one from an old one.
@@ -161,9 +161,9 @@ def recoloured(images: torch.Tensor, luck: np.random.Generator) -> tuple[torch.T
     """
     images, kept = images.clone(), torch.ones(len(images), dtype=torch.bool)
     for first in range(2, len(images), 2):
-        if luck.random() < _RECOLOURED:
+        if rng.random() < _RECOLOURED:
             family = images[first : first + 2].float()
-            turned = torch.einsum("ij,nvjhw->nvihw", hue_rotation(luck.uniform(0, 2 * np.pi)), family)
+            turned = torch.einsum("ij,nvjhw->nvihw", hue_rotation(rng.uniform(0, 2 * np.pi)), family)
             images[first : first + 2] = turned.round().clamp(0, 255).to(torch.uint8)
             kept[first : first + 2] = False
     return images, kept
@@ -235,38 +235,40 @@ def pretrain_clip(
     )
     tokenizer = build_tokenizer()
     clip = build_clip(len(tokenizer), size=size, width=width, n_layers=n_layers, seed=seed).to(device)
-    settings = {"width": width, "n_layers": n_layers, "size": size, "seed": seed}
+    settings: dict[str, Any] = {"width": width, "n_layers": n_layers, "size": size, "seed": seed}
     settings |= {"batch_size": batch_size, "n_characters": n_characters}
-    learner = Learner(clip, settings | {"max_steps": max_steps, "peak_rate": peak_rate}, 0.995)
-    learner.load(out_dir / "clip_state.safetensors")
-    last = min(max_steps, stop_at or max_steps)
-    since, first = time.monotonic(), learner.step
-    while learner.step < last:
-        lot = attributes.generator(seed, "clip batch", learner.step)
+    settings |= {"max_steps": max_steps, "peak_rate": peak_rate}
+    state = TrainState(clip, settings, ema_decay=0.995)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = attributes.generator(seed, "clip batch", step)
         # twins come together, or there would be nothing to tell apart
-        families = np.sort(lot.choice(n_characters // 2, size=batch_size // 2, replace=False))
+        families = np.sort(rng.choice(n_characters // 2, size=batch_size // 2, replace=False))
         chosen = (2 * families[:, None] + [0, 1]).reshape(-1)
         texts = [
-            caption(view(seed, int(index), number)[0], int(lot.integers(2**31)))
+            caption(view(seed, int(index), number)[0], int(rng.integers(2**31)))
             for index in chosen
             for number in range(2)
         ]
-        images, told = recoloured(torch.from_numpy(pictures[chosen]), lot)
+        images, told = hues_turned(torch.from_numpy(pictures[chosen]), rng)
         tokens = components.tokenize(tokenizer, texts).to(device)
-        loss = _loss(clip, to_unit(images, device), tokens, told.to(device))
-        learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
+        return _loss(clip, to_unit(images, device), tokens, told.to(device))
 
-        # once in a while
-        if learner.step % evaluate_every == 0 or learner.step == last:
-            learner.save(out_dir / "clip_state.safetensors")
-            speed = 2 * (learner.step - first) * batch_size / (time.monotonic() - since)
-            with learner.averaged():
-                heroes, truths = hero_views(seed, size, n_heldout)
-                auc = same_hero_auc(image_vectors(clip, heroes), truths)
-                save_clip(clip, out_dir / "clip", size)
-            quality = f"loss {float(loss.detach()):.3f}, same hero AUC {auc:.4f}"
-            report(f"step {learner.step}: {quality}, {speed:.1f} images/s")
-            since, first = time.monotonic(), learner.step
+    for progress in state.train(
+        loss_of,
+        out_dir / "clip_state.safetensors",
+        max_steps=max_steps,
+        peak_rate=peak_rate,
+        images_per_step=2 * batch_size,
+        evaluate_every=evaluate_every,
+        stop_at=stop_at,
+    ):
+        with state.averaged():
+            heroes, truths = hero_views(seed, size, n_heldout)
+            auc = same_hero_auc(image_vectors(clip, heroes), truths)
+            save_clip(clip, out_dir / "clip", size)
+        quality = f"loss {float(progress.losses[-1]):.3f}, same hero AUC {auc:.4f}"
+        report(f"step {state.step}: {quality}, {progress.images_per_sec:.1f} images/s")
     return out_dir / "clip"
 
 

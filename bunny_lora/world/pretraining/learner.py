@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,20 @@ def take_up(model: Any, folder: Path) -> str:
     return "".join(sha256(file) for file in sorted(folder.glob("*.safetensors")))
 
 
-class Learner:
+@dataclass(frozen=True)
+class Progress:
+    """What has been learnt since the last report: the loss of every step, and how fast."""
+
+    losses: list[torch.Tensor]
+    images_per_sec: float
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean over all steps since the last report."""
+        return sum(float(loss) for loss in self.losses) / len(self.losses)
+
+
+class TrainState:
     """A model, its optimisers, the running average of its weights, and how many steps they have seen.
 
     Matrices and convolution kernels (as matrices, a row an output channel) learn with Muon, which
@@ -78,6 +93,50 @@ class Learner:
         self._adamw = torch.optim.AdamW(
             self._rest.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0
         )
+
+    def train(
+        self,
+        loss_of: Callable[[int], torch.Tensor],
+        file: Path,
+        *,
+        max_steps: int,
+        peak_rate: float,
+        images_per_step: int,
+        evaluate_every: int,
+        save_every: int | None = None,
+        stop_at: int | None = None,
+    ) -> Iterator[Progress]:
+        """Take the steps that are left, and pause with a report whenever it is time to evaluate.
+
+        Args:
+            loss_of: the loss of a step, by its number; all chance in it comes from that number, so that
+                going on equals never having stopped.
+            file: the state to go on from, and where it is kept.
+            max_steps: length of the whole training; the learning rate ends at 0 there.
+            peak_rate: see `learning_rate`.
+            images_per_step: for the speed.
+            evaluate_every: steps between pauses; the last step is always followed by one.
+            save_every: steps between saves; by default, at every pause.
+            stop_at: stop at this step already, as an interruption would.
+
+        Raises:
+            BunnyLoraError: the state was made under other settings.
+        """
+        self.load(file)
+        last = min(max_steps, stop_at or max_steps)
+        losses, since = [], time.monotonic()
+        while self.step < last:
+            loss = loss_of(self.step)
+            self.update(loss, learning_rate(self.step, max_steps, peak_rate))
+            losses.append(loss.detach())
+
+            # once in a while
+            if self.step % (save_every or evaluate_every) == 0 or self.step == last:
+                self.save(file)
+            if self.step % evaluate_every == 0 or self.step == last:
+                speed = len(losses) * images_per_step / (time.monotonic() - since)
+                yield Progress(losses, speed)
+                losses, since = [], time.monotonic()
 
     def update(self, loss: torch.Tensor, rate: float) -> float:
         """Take one step down `loss` at learning rate `rate`; return the gradient's norm."""

@@ -115,9 +115,9 @@ def _measure_names(
     `vectors` are those of `n_each` renders of each hero. All names get the same scenes and noise: the
     hero's, those of the regulars, and names made up on the spot, which mean a random character.
     """
-    luck = attributes.generator(seed, "made-up names", 0)
+    rng = attributes.generator(seed, "made-up names", 0)
     others = {
-        "made_up": [made_up_name(luck) for _ in range(n_each)],
+        "made_up": [made_up_name(rng) for _ in range(n_each)],
         "regulars": list(REGULARS.values()),
     }
     found = {}
@@ -163,12 +163,12 @@ def _draw_all(
     images = []
     for first in range(0, len(prompts), _BATCH):
         chunk = prompts[first : first + _BATCH]
-        luck = [generator(seed, "world quality", first + slot) for slot in range(len(chunk))]
+        rngs = [generator(seed, "world quality", first + slot) for slot in range(len(chunk))]
         drawn = pipeline(
             chunk,
             num_inference_steps=N_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            generator=luck,
+            generator=rngs,
             output_type="pt",
         ).images
         images.append((drawn * 255).round().to(torch.uint8))

@@ -8,7 +8,6 @@ that, and a reader of sharp renders alone takes its softened capes and dresses f
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from bunny_lora.world.pretraining.data import (
     made_or_shipped,
     to_unit,
 )
-from bunny_lora.world.pretraining.learner import Learner, learning_rate
+from bunny_lora.world.pretraining.learner import TrainState
 from bunny_lora.world.pretraining.vae import reconstruct
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
@@ -95,13 +94,13 @@ def single_picture(seed: int, index: int, camera: str = "medium") -> Picture:
     raise AssertionError("random pictures hold every camera")
 
 
-def _blurred(images: torch.Tensor, luck: torch.Generator) -> torch.Tensor:
+def _blurred(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Soften and roughen half of the images, as an autoencoder would; float32 [N, 3, H, W]."""
     half = len(images) // 2
     soft = F.avg_pool2d(images[:half], 3, stride=1, padding=1, count_include_pad=False)
-    share = torch.rand((half, 1, 1, 1), generator=luck)
+    share = torch.rand((half, 1, 1, 1), generator=rng)
     soft = images[:half].lerp(soft, share)
-    soft = soft + 0.06 * torch.randn(soft.shape, generator=luck)
+    soft = soft + 0.06 * torch.randn(soft.shape, generator=rng)
     return torch.cat([soft, images[half:]])
 
 
@@ -111,13 +110,13 @@ def _lesson(
     alone: np.ndarray,
     labels: torch.Tensor,
     count: int,
-    lot: np.random.Generator,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `count` images by lot and truths; the last third as the autoencoder gives them back."""
     n_soft = count // 3
-    sharp = np.sort(lot.choice(len(alone), size=count - n_soft, replace=False))
-    soft = np.sort(lot.integers(int((alone < len(softened)).sum()), size=n_soft))
-    order = torch.from_numpy(lot.permutation(count - n_soft))
+    sharp = np.sort(rng.choice(len(alone), size=count - n_soft, replace=False))
+    soft = np.sort(rng.integers(int((alone < len(softened)).sum()), size=n_soft))
+    order = torch.from_numpy(rng.permutation(count - n_soft))
     images = torch.from_numpy(pictures[alone[sharp], :3])[order]
     images = torch.cat([images, torch.from_numpy(softened[alone[soft]])])
     return to_unit(images), torch.cat([labels[sharp][order], labels[soft]])
@@ -193,18 +192,16 @@ def pretrain_reader(
     settings = {"widths": list(widths), "seed": seed, "batch_size": batch_size, "size": size}
     settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
     settings |= {"vae": _vae_sha256(vae)}
-    learner = Learner(reader, settings, ema_decay=0.99)
-    learner.load(out_dir / "reader_state.safetensors")
-    last = min(max_steps, stop_at or max_steps)
-    since, first = time.monotonic(), learner.step
-    while learner.step < last:
+    state = TrainState(reader, settings, ema_decay=0.99)
+
+    def loss_of(step: int) -> torch.Tensor:
         reader.train()
-        lot = attributes.generator(seed, "reader batch", learner.step)
-        images, right = _lesson(pictures, softened, alone, labels, batch_size, lot)
-        if learner.step < 0.75 * max_steps:  # The last quarter is for what only a sharp eye tells.
+        rng = attributes.generator(seed, "reader batch", step)
+        images, right = _lesson(pictures, softened, alone, labels, batch_size, rng)
+        if step < 0.75 * max_steps:  # The last quarter is for what only a sharp eye tells.
             n_renders = batch_size - batch_size // 3
-            luck = generator(seed, "world reader blur", learner.step)
-            images[:n_renders] = _blurred(images[:n_renders], luck)
+            blur = generator(seed, "world reader blur", step)
+            images[:n_renders] = _blurred(images[:n_renders], blur)
         right = right.to(device)
         with torch.autocast(device, torch.bfloat16):
             answers = reader(images.to(device))
@@ -212,19 +209,23 @@ def pretrain_reader(
             F.cross_entropy(answers[name].float(), right[:, column])
             for column, name in enumerate(QUESTIONS)
         ]
-        learner.update(torch.stack(losses).sum(), learning_rate(learner.step, max_steps, peak_rate))
+        return torch.stack(losses).sum()
 
-        # once in a while
-        if learner.step % evaluate_every == 0 or learner.step == last:
-            learner.save(out_dir / "reader_state.safetensors")
-            speed = (learner.step - first) * batch_size / (time.monotonic() - since)
-            with learner.averaged():
-                _settle(reader, pictures, alone)
-                scores = accuracy(reader, seed, size, n_heldout)
-                save_reader(reader, out_dir / "reader.safetensors")
-            told = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
-            report(f"step {learner.step}: {told}, {speed:.1f} images/s")
-            since, first = time.monotonic(), learner.step
+    for progress in state.train(
+        loss_of,
+        out_dir / "reader_state.safetensors",
+        max_steps=max_steps,
+        peak_rate=peak_rate,
+        images_per_step=batch_size,
+        evaluate_every=evaluate_every,
+        stop_at=stop_at,
+    ):
+        with state.averaged():
+            _settle(reader, pictures, alone)
+            scores = accuracy(reader, seed, size, n_heldout)
+            save_reader(reader, out_dir / "reader.safetensors")
+        quality = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
+        report(f"step {state.step}: {quality}, {progress.images_per_sec:.1f} images/s")
     return out_dir / "reader.safetensors"
 
 

@@ -15,7 +15,6 @@ a run that goes on from its last state ends in the same weights as one that was 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
 from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretraining.latents import encoded_pictures
-from bunny_lora.world.pretraining.learner import Learner, learning_rate, take_up
+from bunny_lora.world.pretraining.learner import TrainState, take_up
 from bunny_lora.world.pretraining.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
@@ -127,10 +126,10 @@ def _loss(
     importance: torch.Tensor,
     tokens: torch.Tensor,
     alphas_cumprod: torch.Tensor,
-    luck: torch.Generator,
+    rng: torch.Generator,
 ) -> torch.Tensor:
-    noise = torch.randn(latents.shape, generator=luck).to(latents.device)
-    timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=luck).to(latents.device)
+    noise = torch.randn(latents.shape, generator=rng).to(latents.device)
+    timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=rng).to(latents.device)
     noisy = diffusion.add_noise(latents, noise, timesteps, alphas_cumprod)
     with torch.autocast(latents.device.type, torch.bfloat16):
         states = models["text_encoder"](tokens).last_hidden_state
@@ -151,7 +150,7 @@ def _lesson(
     """Return `count` pictures by lot: latents, how much each place in them counts, and captions.
 
     A character counts `_CHARACTER` times what the background counts: it is small, and most of what a
-    prompt asks for is about it. `seeds` are those of the pictures and of the luck.
+    prompt asks for is about it. `seeds` are those of the pictures and of all else.
     """
     stream, seed = seeds
     chosen = attributes.generator(seed, "sd batch", step).integers(len(latents), size=count)
@@ -193,7 +192,7 @@ def pretrain_sd(
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to learn from.
         n_workers: processes that draw pictures.
-        start_from: a pipeline that an earlier training left, to learn on from, with other luck.
+        start_from: a pipeline that an earlier training left, to learn on from, with other pictures.
         stop_at: stop at this step already, as an interruption would.
         n_sample_steps: denoising steps of the pictures in `samples/`.
         report: receives a line of progress now and then.
@@ -203,7 +202,6 @@ def pretrain_sd(
             another shape.
     """
     out_dir = Path(out_dir)
-    state = out_dir / "sd_state.safetensors"
     vae, clip = (made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
@@ -219,31 +217,30 @@ def pretrain_sd(
         origin = "".join(take_up(model, start_from / name) for name, model in models.items())
         settings["start_from"] = origin
         seed = derive_seed(seed, f"world sd from {origin}")
-    learner = Learner(models.to(device).train(), settings)
-    learner.load(state)
-    last = min(max_steps, stop_at or max_steps)
-    losses: list[float] = []
-    since, first = time.monotonic(), learner.step
-    while learner.step < last:
-        lesson = _lesson(pictures, latents, tokenizer, batch_size, (stream, seed), learner.step)
-        batch, importance, tokens = (tensor.to(device) for tensor in lesson)
-        luck = generator(seed, "world sd noise", learner.step)
-        loss = _loss(models, batch, importance, tokens, scheduler.alphas_cumprod, luck)
-        learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
-        losses.append(float(loss.detach()))
+    state = TrainState(models.to(device).train(), settings)
 
-        # once in a while
-        if learner.step % save_every == 0 or learner.step == last:
-            learner.save(state)
-        if learner.step % evaluate_every == 0 or learner.step == last:
-            speed = (learner.step - first) * batch_size / (time.monotonic() - since)
-            mean = sum(losses) / len(losses)
-            report(f"step {learner.step}: loss {mean:.4f}, {speed:.1f} images/s")
-            with learner.averaged():
-                pipeline = build_pipeline(models, tokenizer, vae)
-                draw_samples(pipeline, out_dir / "samples" / f"{learner.step:06d}.png", n_sample_steps)
-                export_pipeline(pipeline, out_dir / "sd")
-            losses, since, first = [], time.monotonic(), learner.step
+    def loss_of(step: int) -> torch.Tensor:
+        lesson = _lesson(pictures, latents, tokenizer, batch_size, (stream, seed), step)
+        batch, importance, tokens = (tensor.to(device) for tensor in lesson)
+        rng = generator(seed, "world sd noise", step)
+        return _loss(models, batch, importance, tokens, scheduler.alphas_cumprod, rng)
+
+    for progress in state.train(
+        loss_of,
+        out_dir / "sd_state.safetensors",
+        max_steps=max_steps,
+        peak_rate=peak_rate,
+        images_per_step=batch_size,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        stop_at=stop_at,
+    ):
+        speed = f"{progress.images_per_sec:.1f} images/s"
+        report(f"step {state.step}: loss {progress.mean_loss:.4f}, {speed}")
+        with state.averaged():
+            pipeline = build_pipeline(models, tokenizer, vae)
+            draw_samples(pipeline, out_dir / "samples" / f"{state.step:06d}.png", n_sample_steps)
+            export_pipeline(pipeline, out_dir / "sd")
     return out_dir / "sd"
 
 
@@ -269,12 +266,12 @@ def draw_samples(pipeline: diffusers.StableDiffusionPipeline, path: Path, n_step
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for row in range(2):
-        luck = [generator(row, "world sample", column) for column in range(len(PROMPTS))]
+        rngs = [generator(row, "world sample", column) for column in range(len(PROMPTS))]
         images = pipeline(
             list(PROMPTS),
             num_inference_steps=n_steps,
             guidance_scale=3.0,
-            generator=luck,
+            generator=rngs,
             output_type="np",
         ).images
         rows.append(np.concatenate(list(images), axis=1))

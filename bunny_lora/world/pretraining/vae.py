@@ -6,7 +6,6 @@ its last state ends in the same weights as one that was never interrupted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components
 from bunny_lora.world import attributes
 from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, heldout, hero_images, to_unit
-from bunny_lora.world.pretraining.learner import Learner, learning_rate, take_up
+from bunny_lora.world.pretraining.learner import TrainState, take_up
 
 CHANNELS = (16, 32, 64, 128)
 _KL_WEIGHT = 1e-5
@@ -43,22 +42,22 @@ def build_vae(size: int = 128, channels: tuple[int, ...] = CHANNELS, seed: int =
         )
 
 
-def crops(pictures: np.ndarray, crop: int, n: int, luck: np.random.Generator) -> torch.Tensor:
+def crops(pictures: np.ndarray, crop: int, n: int, rng: np.random.Generator) -> torch.Tensor:
     """Return `n` squares of `crop` pixels from the rows [N, 4, H, W], uint8 [n, 4, crop, crop].
 
     Every second one lies around a point of a character, where there is most to learn.
     """
     squares = []
-    for number, index in enumerate(luck.integers(len(pictures), size=n)):
+    for number, index in enumerate(rng.integers(len(pictures), size=n)):
         rows = pictures[index]
         points = np.argwhere(rows[3] > number % 2)
-        middle = points[luck.integers(len(points))] if len(points) else (0, 0)
+        middle = points[rng.integers(len(points))] if len(points) else (0, 0)
         top, left = np.clip(np.array(middle) - crop // 2, 0, rows.shape[-1] - crop)
         squares.append(rows[:, top : top + crop, left : left + crop])
     return torch.from_numpy(np.stack(squares))
 
 
-def recoloured(rows: torch.Tensor, luck: np.random.Generator) -> torch.Tensor:
+def channels_exchanged(rows: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Return rows [N, 4, H, W] with the colour channels of every fourth one in another order.
 
     Heroes wear colours that no random picture has, and an autoencoder that knows only those blotches
@@ -66,7 +65,7 @@ def recoloured(rows: torch.Tensor, luck: np.random.Generator) -> torch.Tensor:
     """
     rows = rows.clone()
     for index in range(0, len(rows), 4):
-        rows[index, :3] = rows[index, torch.from_numpy(luck.permutation(3))]
+        rows[index, :3] = rows[index, torch.from_numpy(rng.permutation(3))]
     return rows
 
 
@@ -128,7 +127,6 @@ def pretrain_vae(
             another shape.
     """
     out_dir = Path(out_dir)
-    state = out_dir / "vae_state.safetensors"
     pictures = drawn_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
@@ -139,35 +137,34 @@ def pretrain_vae(
     if start_from is not None:
         settings["start_from"] = origin = _take_up_decoder(vae, start_from)
         own_seed, n_in_squares = derive_seed(seed, f"world vae from {origin}"), 0
-    learner = Learner(vae, settings)
-    learner.load(state)
-    last = min(max_steps, stop_at or max_steps)
-    losses: list[float] = []
-    since, first = time.monotonic(), learner.step
-    while learner.step < last:
-        # squares teach more a second than whole pictures, which come last and set the statistics right
-        n_squares = 2 if learner.step < n_in_squares else 1
-        luck = attributes.generator(own_seed, "vae batch", learner.step)
-        rows = crops(pictures, size // n_squares, batch_size * n_squares**2, luck)
-        if learner.step >= max_steps // 4:
-            rows = recoloured(rows, luck)
-        loss = _loss(vae, rows.to(device), generator(own_seed, "world vae noise", learner.step))
-        learner.update(loss, learning_rate(learner.step, max_steps, peak_rate))
-        losses.append(float(loss.detach()))
+    state = TrainState(vae, settings)
 
-        # once in a while
-        if learner.step % save_every == 0 or learner.step == last:
-            learner.save(state)
-        if learner.step % evaluate_every == 0 or learner.step == last:
-            speed = (learner.step - first) * batch_size / (time.monotonic() - since)
-            with learner.averaged():
-                unseen = heldout(seed, size, n_heldout)
-                heroes = hero_images(seed, size, n_heldout // 4)
-                quality = f"PSNR {psnr(vae, unseen):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
-                export_vae(vae, out_dir / "vae", unseen)
-            mean = sum(losses) / len(losses)
-            report(f"step {learner.step}: loss {mean:.4f}, {quality}, {speed:.1f} images/s")
-            losses, since, first = [], time.monotonic(), learner.step
+    def loss_of(step: int) -> torch.Tensor:
+        # squares teach more a second than whole pictures, which come last and set the statistics right
+        n_squares = 2 if step < n_in_squares else 1
+        rng = attributes.generator(own_seed, "vae batch", step)
+        rows = crops(pictures, size // n_squares, batch_size * n_squares**2, rng)
+        if step >= max_steps // 4:
+            rows = channels_exchanged(rows, rng)
+        return _loss(vae, rows.to(device), generator(own_seed, "world vae noise", step))
+
+    for progress in state.train(
+        loss_of,
+        out_dir / "vae_state.safetensors",
+        max_steps=max_steps,
+        peak_rate=peak_rate,
+        images_per_step=batch_size,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        stop_at=stop_at,
+    ):
+        with state.averaged():
+            unseen = heldout(seed, size, n_heldout)
+            heroes = hero_images(seed, size, n_heldout // 4)
+            quality = f"PSNR {psnr(vae, unseen):.2f} dB, on heroes {psnr(vae, heroes):.2f} dB"
+            export_vae(vae, out_dir / "vae", unseen)
+        quality = f"loss {progress.mean_loss:.4f}, {quality}"
+        report(f"step {state.step}: {quality}, {progress.images_per_sec:.1f} images/s")
     return out_dir / "vae"
 
 

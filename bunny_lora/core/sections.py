@@ -1,0 +1,170 @@
+"""The sections of a configuration, each key with its type, its limits, its default and its meaning."""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from bunny_lora.core.values import (
+    MAX_NUMBER,
+    LayerNames,
+    OwnFolder,
+    Recorded,
+    Texts,
+    is_text,
+    kinds_of,
+    no_text_in,
+    shown,
+)
+
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no infinities, never changed after reading.
+
+    The text below a key is its description in `bunny-lora config` and in `params/schema.json`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _fits(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be taken for something else, or could not be written down again."""
+        kinds = kinds_of(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float}:
+            or_null = " or null" if NoneType in kinds else ""
+            raise ValueError(f"should be a number{or_null} (got {value})")
+        if wrong := no_text_in(value, kinds):
+            raise ValueError(f"should be text, in quotes if need be (got {shown(wrong[0])})")
+        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+            raise ValueError(f"should be a smaller number (got {shown(value)})")
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not is_text(text) for text in texts):
+            raise ValueError(f"has control characters or halves of characters in it: {shown(value)}")
+        return value
+
+
+class LoRASection(Section):
+    """Low-rank adapters, https://arxiv.org/abs/2106.09685: (alpha / rank) B A is added to a weight."""
+
+    rank: int = Field(8, ge=1, le=4096)
+    """Width of A and B: more learns finer traits, and overfits few pictures sooner."""
+    alpha: float = Field(16.0, gt=0)
+    """Strength, divided by rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """How likely each input of an adapter is zeroed in training."""
+    target_modules: LayerNames = Field(["to_k", "to_q", "to_v", "to_out.0"])
+    """Layers of the UNet that learn, by the ends of their names: by default, attention alone."""
+    train_text_encoder: bool = False
+    """Let the text encoder learn too: a character's name is a new word to it."""
+    text_encoder_target_modules: LayerNames = Field(["q_proj", "k_proj", "v_proj", "out_proj"])
+    """Those of the text encoder: by default, attention alone; fc1 and fc2 are its feed-forward ones."""
+    start_from: Recorded | None = None
+    """A LoRA to begin with instead of none, in any format that `generate` draws with."""
+
+
+class TrainingSection(Section):
+    """One step is one optimiser step on batch_size x gradient_accumulation_steps images."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Of AdamW, one for UNet and text encoder."""
+    lr_scheduler: Scheduler = "constant"
+    """How the learning rate changes up to max_train_steps, as diffusers calls it."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises from 0; plain `constant` has no such rise."""
+    lr_num_cycles: int = Field(1, ge=1)
+    """How often `cosine_with_restarts` begins anew, as diffusers' num_cycles."""
+    lr_power: float = Field(1.0, gt=0)
+    """Of `polynomial`: above 1 the learning rate falls early, below 1 late."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW, torch's default: how fast weights shrink that no gradient holds up."""
+    max_train_steps: int = Field(500, ge=1)
+    """Optimiser steps of the whole run."""
+    batch_size: int = Field(1, ge=1)
+    """Images at a time; memory grows with it."""
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    """Batches a step: more make steadier steps, each longer by as much."""
+    gradient_checkpointing: bool = False
+    """Compute parts twice instead of keeping them: less memory, more time."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Longer gradients are cut to this length."""
+    caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
+    """How likely each part of a caption, between commas, is left out; the first one and those with a
+    character's name always stay."""
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
+    snr_gamma: float | None = Field(None, gt=0)
+    """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
+    seed: int = Field(42, ge=0)
+    """Of everything that is random in training and in the validation pictures."""
+    save_steps: int = Field(100, ge=1)
+    """Steps between checkpoints: fewer lose less when the power goes, and draw more samples."""
+    save_minutes: float | None = Field(10.0, gt=0)
+    """Minutes between further checkpoints to go on from; the newest two of them stay. null: none."""
+    keep_checkpoints: int | None = Field(None, ge=1)
+    """How many checkpoints of save_steps stay; null: all. Those marked by a file `keep` always do."""
+    logging_steps: int = Field(10, ge=1)
+    """Steps between lines on the screen; log.jsonl has every step."""
+    validation_prompt: str | list[str] = Field(default_factory=list)
+    """One prompt or several, drawn at every checkpoint of save_steps."""
+    num_validation_images: int = Field(2, ge=0)
+    """Pictures a validation prompt."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no_is_a_word(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `no` as false; here it is one of the precisions."""
+        return "no" if value is False else value
+
+    @property
+    def validation_prompts(self) -> list[str]:
+        """The validation prompts as a list, however they were written."""
+        prompts = self.validation_prompt
+        return [prompts] if isinstance(prompts, str) else prompts
+
+
+class PriorPreservationSection(Section):
+    """DreamBooth's prior preservation, https://arxiv.org/abs/2208.12242, section 4.2."""
+
+    enabled: bool = False
+    """Train on pictures of the class too, so that it keeps looking as before."""
+    num_class_images: int = Field(100, ge=1)
+    """How many of them; the base model draws those that class_data_dir does not have."""
+    class_prompt: str = Field("cartoon character", min_length=1)
+    """What the class is called; without a name, evaluation asks for it too."""
+    class_data_dir: OwnFolder = "training_data/class_images"
+    """Their folder; pictures of your own in it are used first."""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """How much their loss counts; 1: as much as that of your pictures."""
+
+
+class SamplingSection(Section):
+    """How pictures are drawn for validation, class images and evaluation."""
+
+    num_inference_steps: int = Field(25, ge=1)
+    """Denoising steps a picture; time grows with them."""
+    guidance_scale: float = Field(7.5, ge=0)
+    """How closely a picture follows its prompt; up to 1, half the time and no negative prompt."""
+
+
+class EvaluationSection(Section):
+    """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
+
+    prompts: Texts = Field(
+        ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"]
+    )
+    """What is drawn of every character, before and after."""
+    num_images_per_prompt: int = Field(2, ge=1)
+    """Pictures a prompt and character, each from a seed of its own."""
+    seed: int = Field(1000, ge=0)
+    """Of the evaluation alone, apart from training's."""
+    features: str = "palette"
+    """What measures similarity: palette (colours), bunny-world, or a CLIP model, folder or hub name."""

@@ -1,0 +1,192 @@
+"""Everything that a run is made of, loaded and put together before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+
+from bunny_lora import dataset
+from bunny_lora.config import Config
+from bunny_lora.core import paths, ranks
+from bunny_lora.data.frames import Sample
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters, components, devices, formats, targets
+from bunny_lora.model.components import Components
+from bunny_lora.model.formats import LoRA
+from bunny_lora.prepare import reading
+from bunny_lora.training import checkpoint, class_images, fingerprint, memory, optim
+from bunny_lora.training.checkpoint import TrainingState
+from bunny_lora.training.distributed import Processes
+from bunny_lora.training.latents import EncodedImages, encode_dataset
+from bunny_lora.training.objective import Learner
+from bunny_lora.training.resume import Start
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run between two steps: `state` is what its steps change, the rest stays as it was loaded.
+
+    `base_sha256` and `class_sha256` tell the weights and the class images that it was made with, and
+    `history` the environments, see `resume.Start`.
+    """
+
+    config: Config
+    parts: Components
+    pipe: StableDiffusionPipeline
+    learner: Learner
+    state: TrainingState
+    group: Processes
+    base_sha256: str
+    class_sha256: str | None
+    history: tuple[dict[str, Any], ...]
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Return every parameter that training changes."""
+        return _trainable(self.parts, self.state.models)
+
+    def set_training_mode(self, training: bool) -> None:
+        """Switch dropout on for training, off for drawing."""
+        for part in self.state.models:
+            getattr(self.parts, part).train(training)
+
+
+def set_up(
+    config: Config,
+    start: Start = Start(),  # noqa: B008
+    group: Processes = Processes(),  # noqa: B008
+) -> Setup:
+    """Load the base model, encode the data, attach LoRA, and put the state of `start` in place.
+
+    Raises:
+        BunnyLoraError: no such model, too little memory, or the state was made with other weights.
+    """
+    _say_doubts(config, start)
+    device = devices.resolve_device(config.device)
+    dtype = devices.resolve_dtype(config.training.mixed_precision, device)
+    with group.in_turn():
+        parts = components.load_components(config.base_model, device, dtype)
+        base_sha256 = fingerprint.model_sha256(parts)
+        start.check_base(base_sha256, str(dtype).removeprefix("torch."))
+        memory.check_pictures(parts, config.resolution)
+        for part in _trained_parts(config):  # before pictures are encoded, which takes long
+            targets.check_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
+        pipe = components.pipeline_from(parts, config.base_model)
+        first_weights = _start_from(parts, config) if group.is_main else {}
+        samples = dataset.read_samples(config.data_path, **reading(config))
+        images = _encode(parts, config, samples, config.data_path.parent, "training")
+        if config.training.caption_tag_dropout and not images.has_parts:
+            print(
+                "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
+                " that may be left out."
+            )
+        class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
+
+    models = _attach(parts, config)
+    learner = Learner(parts, config, images, class_data)
+    optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
+    scaled = device.type == "cuda" and dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    state = TrainingState(models, optimizer, lr_scheduler, scaler)
+    group.told_by_main(lambda: _load_state(state, start, first_weights))
+    if group.count > 1:
+        checkpoint.restore(state, group.told_by_main(lambda: checkpoint.snapshot(state)))
+    return Setup(config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history)
+
+
+def _say_doubts(config: Config, start: Start) -> None:
+    """What a setting would not do stops a new run; one that has begun with it goes on as it was."""
+    for doubt in optim.doubts(config.training):
+        if start.folder is None:
+            raise BunnyLoraError(doubt)
+        if ranks.is_main_process():
+            print(f"Warning: {doubt}")
+
+
+def _load_state(state: TrainingState, start: Start, first_weights: LoRA) -> None:
+    if start.folder is not None:
+        checkpoint.load_checkpoint(start.folder, state)
+    elif first_weights:
+        adapters.start_from(state.models, first_weights)
+
+
+def _start_from(parts: Components, config: Config) -> LoRA:
+    """Return `lora.start_from`, read before anything that takes long."""
+    if config.lora.start_from is None:
+        return {}
+    path = adapters.find_weights(paths.resolve(config.lora.start_from))
+    return formats.read_lora(path, {part: getattr(parts, part) for part in adapters.PARTS})
+
+
+def _trainable(parts: Components, models: Mapping[str, PeftModel]) -> list[torch.nn.Parameter]:
+    found = [adapters.trainable_parameters(getattr(parts, part)) for part in models]
+    return [parameter for parameters in found for parameter in parameters.values()]
+
+
+def _attach(parts: Components, config: Config) -> dict[str, PeftModel]:
+    if config.training.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+        if config.lora.train_text_encoder:
+            parts.text_encoder.activation_checkpointing_enable()
+    return {
+        part: adapters.attach(
+            getattr(parts, part),
+            part,
+            config.lora,
+            base_model=config.base_model,
+            seed=config.training.seed,
+        )
+        for part in _trained_parts(config)
+    }
+
+
+def _trained_parts(config: Config) -> tuple[str, ...]:
+    return adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
+
+
+def _encode(
+    parts: Components, config: Config, samples: list[Sample], place: Path, stream: str
+) -> EncodedImages:
+    images = dataset.ImageDataset(
+        samples,
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        tokenizer=parts.tokenizer,
+    )
+    return encode_dataset(
+        parts.vae,
+        images,
+        place / "latents",
+        random_flip=config.random_flip,
+        zoom_on_faces=config.zoom_on_faces,
+        tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+        repeats=images.repeats(balance=config.balance_characters),
+        num_workers=config.num_workers,
+        pin_memory=config.pin_memory,
+        stream=stream,
+    )
+
+
+def _class_data(
+    parts: Components,
+    pipe: StableDiffusionPipeline,
+    config: Config,
+    base_sha256: str,
+    start: Start,
+) -> tuple[EncodedImages | None, str | None]:
+    """Draw the class images that are missing or stale, with the base model, and encode all."""
+    if not config.prior_preservation.enabled:
+        return None, None
+    wanted = class_images.plan(pipe, config, base_sha256)
+    class_sha256 = wanted.sha256()
+    start.check_class_images(class_sha256)
+    class_images.draw(pipe, config, wanted)
+    place = paths.resolve(config.prior_preservation.class_data_dir).parent
+    return _encode(parts, config, wanted.samples, place, "class"), class_sha256
