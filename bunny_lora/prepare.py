@@ -18,8 +18,8 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
 SETTINGS = (
-    "source", "min_confidence", "instance_prompt", "caption_column", "allow_outside_paths",
-    "base_model",
+    "source", "min_confidence", "instance_prompt", "caption_column", "character_names",
+    "allow_outside_paths", "base_model",
 )  # fmt: skip
 """What prepared data depend on, `base_model` for its tokenizer."""
 FILM_RECORD = "drawn_by.json"
@@ -49,6 +49,7 @@ def reading(config: Config) -> dict[str, Any]:
     return {
         "instance_prompt": config.instance_prompt,
         "caption_column": config.caption_column,
+        "character_names": config.character_names,
         "allow_outside_paths": config.allow_outside_paths,
     }
 
