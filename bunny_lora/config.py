@@ -66,6 +66,8 @@ class Config(Section):
     """Where the training data is prepared, or lies already."""
     caption_column: str | None = None
     """Which column of a folder's table holds the captions; null: `text`, else `caption` or `prompt`."""
+    character_names: list[str] = Field(default_factory=list)
+    """Names or trigger words that captions have: who is in a picture, where no analysis says so."""
     instance_prompt: str = "cartoon character"
     """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)

@@ -53,7 +53,7 @@ class LoRATrainer:
     ) -> None:
         if config is None:
             if config_path is None:
-                config_path, reason = paths.choose_params()
+                config_path, reason = paths.choose_params(overrides)
                 if ranks.is_main_process():
                     print(f"Configuration: {config_path or 'no file'} ({reason})")
             config = load_config(config_path, overrides)

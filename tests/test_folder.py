@@ -2,20 +2,23 @@
 
 import json
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import CHECKOUT, tiny_config
 from PIL import Image
 
 from bunny_lora import dataset
 from bunny_lora.cli import main
+from bunny_lora.config import load_config
+from bunny_lora.data.captions import names_in
 from bunny_lora.data.frames import Source
 from bunny_lora.data.summary import remarks
 from bunny_lora.data.writing import prepare
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.prepare import check_as_it_is, prepare_data
+from bunny_lora.prepare import check_as_it_is, draw_demo_film, prepare_data
 from bunny_lora.stage4 import find_source, read_source
 from bunny_lora.trainer import LoRATrainer
 
@@ -389,9 +392,8 @@ def test_pictures_that_a_table_does_not_list_are_told_about(folder, tiny_model):
     fill(folder, a="", b="phil")
     jsonl(folder, {"file_name": "a.png", "text": "rex"})
     assert as_it_is(folder) == {"a.png": "rex"}
-    assert check_as_it_is(tiny_config(tiny_model, data_dir="mine")) == [
-        "not used: b.png: a picture that the table does not list"
-    ]
+    config = tiny_config(tiny_model, data_dir="mine", character_names=["rex"])
+    assert check_as_it_is(config) == ["not used: b.png: a picture that the table does not list"]
 
 
 def test_one_caption_for_all_of_a_folder_as_it_is_is_asked_about(folder, tiny_model):
@@ -410,3 +412,125 @@ def test_the_hash_of_a_folder_as_it_is_follows_captions_and_pictures(folder):
     second = dataset.data_sha256(folder)
     Image.new("RGB", (48, 40)).save(folder / "a.png")
     assert len({first, second, dataset.data_sha256(folder)}) == 3
+
+
+# --- the demo and somebody's own frames
+
+
+@pytest.fixture
+def checkout(project: Path) -> Path:
+    for name in ("cpu", "demo"):
+        shutil.copy(CHECKOUT / "params" / f"{name}.yaml", project / "params")
+    return project
+
+
+@pytest.mark.parametrize("how", [["--source", "mine"], ["--set", "source=mine"]])
+def test_a_named_source_goes_into_a_folder_of_its_own(folder, checkout, capsys, how):
+    fill(folder, a="rex, waving")
+    assert main(["prepare", *how, "--set", "base_model=random-tiny"]) == 0
+    assert "params/cpu.yaml (you named a source of your own)" in capsys.readouterr().out
+    assert (checkout / "training_data" / "instance_images" / "a.png").is_file()
+    assert not (checkout / "outputs" / "demo").exists()
+
+
+@pytest.mark.parametrize("first", ["mine", "bunny-world"])
+def test_the_demos_film_and_ones_own_frames_never_replace_each_other(folder, tiny_model, first):
+    fill(folder, a="rex, waving")
+    draw_demo_film()
+    configs = {name: tiny_config(tiny_model, source=name) for name in ("mine", "bunny-world")}
+    prepare_data(configs.pop(first))
+    (other,) = configs.values()
+    before = sorted(path.name for path in other.data_path.iterdir())
+    for step in (prepare_data, lambda config: LoRATrainer(config=config).prepare_data()):
+        with pytest.raises(BunnyLoraError, match="kept apart: set data_dir"):
+            step(other)
+    assert sorted(path.name for path in other.data_path.iterdir()) == before
+
+
+def test_ones_own_frames_never_go_into_the_demos_folder(folder, checkout):
+    fill(folder, a="rex, waving")
+    config = load_config("params/demo.yaml", {"source": "mine", "base_model": "random-tiny"})
+    with pytest.raises(BunnyLoraError, match=r"outputs/demo/.* is the demo's.*params/cpu.yaml"):
+        prepare_data(config)
+    assert not config.data_path.exists()
+
+
+def test_another_source_that_replaces_the_first_is_said(folder, project, tiny_model):
+    fill(folder, a="rex, waving")
+    fill(project / "other", b="rex, running")
+    config = tiny_config(tiny_model, source="other", character_names=["rex"])
+    prepare_data(tiny_config(tiny_model, source="mine"))
+    assert remarks(prepare_data(config)) == ["This replaces what was prepared from mine"]
+    assert remarks(prepare_data(config)) == []
+
+
+# --- who is who
+
+
+def run_of(project: Path, *known: object, caption: str = "a small grey bunny in a meadow") -> Path:
+    run = project / "outputs" / "film"
+    (run / "llm_analysis").mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, names in enumerate(known):
+        draw(run / f"{number}.png")
+        record = {"frame_path": f"{number}.png", "sd_caption": caption, "confidence": 1}
+        records.append(record | {"characters_identified": names})
+    (run / "llm_analysis" / "llm_analysis.json").write_text(json.dumps(records))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["none"], ()),
+        (["unknown"], ()),
+        ("None", ()),
+        (["N/A", "-", "?"], ()),
+        (["No named characters", "unidentified bunny"], ()),
+        (["ellie and rex"], ("ellie", "rex")),
+        ("Ellie, Rex and Phil", ("ellie", "rex", "phil")),
+        (["ellie & rex", "Rex"], ("ellie", "rex")),
+        (["andy", "noone's cat", "nonna", "🦖"], ("andy", "noone's cat", "nonna", "🦖")),
+    ],
+)
+def test_what_is_no_name_is_none_and_what_is_two_is_two(project, given, names):
+    (frame,) = read_source(run_of(project, given)).frames
+    assert frame.characters == names
+
+
+def test_what_was_taken_for_no_name_is_said(project):
+    source = read_source(run_of(project, ["none"], ["none", "ellie and rex"], ["ellie"], None))
+    assert source.notes == [
+        "characters_identified: no names: 'none' (2)",
+        "characters_identified: several names in one: 'ellie and rex' (1)",
+    ]
+
+
+def test_data_in_which_nobody_is_named_say_so_until_the_key_names_them(folder, tiny_model):
+    fill(folder, a="Zorblax the fox, waving", b="a trexed fox", c="zorblax and rex")
+    (line,) = remarks(prepare_data(tiny_config(tiny_model, source="mine")))
+    assert line.startswith("nobody is named in these data") and "character_names" in line
+    names = ["zorblax", "Rex", "mimi"]
+    summary = prepare_data(tiny_config(tiny_model, source="mine", character_names=names))
+    assert summary["characters"] == {"rex": 1, "zorblax": 2}
+    assert remarks(summary)[0] == "character_names: no caption has 'mimi'"
+    assert [image["characters"] for image in summary["images"]] == [["zorblax"], [], ["zorblax", "rex"]]
+
+
+def test_the_key_names_characters_of_stage_4_and_of_a_folder_as_it_is(folder, project, tiny_model):
+    run = run_of(project, [], ["phil"], caption="rex, a small grey bunny")
+    frames = read_source(run, character_names=["rex"]).frames
+    assert [frame.characters for frame in frames] == [("rex",), ("phil", "rex")]
+    fill(folder, a="rex, waving")
+    assert dataset.read_samples(folder, character_names=["rex"])[0].characters == ("rex",)
+    config = tiny_config(tiny_model, data_dir="mine")
+    assert check_as_it_is(config)[0].startswith("nobody is named")
+    assert check_as_it_is(tiny_config(tiny_model, data_dir="mine", character_names=["rex"])) == []
+
+
+@pytest.mark.parametrize(
+    "caption", ["森の中のエリー", "エリーが走る", "엘리가 걷다 エリー", "café エリー"]
+)
+def test_names_are_found_in_scripts_that_do_not_part_their_words(caption):
+    assert names_in(caption, ["エリー"]) and not names_in("a trex", ["rex"])
+    assert names_in(unicodedata.normalize("NFC", f"{caption} rex"), ["rex"])

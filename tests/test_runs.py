@@ -160,6 +160,37 @@ def test_prepared_data_counts_as_the_users_frames(params, project):
     assert paths.choose_params()[0] == params / "cpu.yaml"
 
 
+@pytest.mark.parametrize(
+    ("named", "name"),
+    [
+        ({"source": "my_pictures"}, "cpu"),
+        ({"source": "auto"}, "demo"),
+        ({"source": "bunny-world"}, "demo"),
+        ({"data_dir": "my_pictures"}, "cpu"),
+        ({"data_dir": "not_there_yet"}, "demo"),
+    ],
+)
+def test_frames_of_ones_own_that_are_named_never_meet_the_demos_settings(params, project, named, name):
+    (project / "my_pictures").mkdir()
+    (project / "my_pictures" / "a.png").touch()
+    assert paths.choose_params(named)[0] == params / f"{name}.yaml"
+
+
+def test_the_demos_film_that_is_named_never_meets_the_settings_of_ones_own_frames(params, project):
+    analysis(project / "outputs" / "my_film")
+    assert paths.choose_params()[0] == params / "cpu.yaml"
+    assert paths.choose_params({"source": "bunny-world"})[0] == params / "demo.yaml"
+
+
+def test_the_demos_film_prepared_elsewhere_is_not_ones_own(params, project):
+    data_dir = project / "training_data" / "instance_images"
+    data_dir.mkdir(parents=True)
+    (data_dir / "metadata.jsonl").touch()
+    files.write_json(data_dir.parent / "data_summary.json", {"source": "outputs/demo/film"})
+    assert not paths.has_user_data()
+    assert paths.choose_params({"data_dir": str(data_dir)})[0] == params / "demo.yaml"
+
+
 def test_a_host_config_in_the_working_folder_wins_over_found_frames(params, project):
     analysis(project / "outputs" / "my_film")
     (project / "config.yaml").write_text("finetuning: {}\n", encoding="utf-8")

@@ -7,8 +7,11 @@ files.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
@@ -90,21 +93,42 @@ def demo_film_dir() -> Path:
 def has_user_data() -> bool:
     """Whether the user has a stage-4 run or prepared data of their own (the demo's never counts)."""
     root = project_root()
-    prepared = root / "training_data" / "instance_images" / "metadata.jsonl"
-    return prepared.is_file() or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
+    prepared = is_own_data(root / "training_data" / "instance_images")
+    return prepared or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
 
 
-def choose_params() -> tuple[Path | None, str]:
+def is_own_data(folder: Path) -> bool:
+    """Whether somebody's own training data lie in a folder: anything that is not the demo's."""
+    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return False
+    try:
+        summary = json.loads((folder.parent / "data_summary.json").read_text(encoding="utf-8"))
+        return summary["source"] != relative(demo_film_dir())
+    except (OSError, ValueError, TypeError, KeyError):
+        return True
+
+
+def choose_params(named: Mapping[str, Any] | None = None) -> tuple[Path | None, str]:
     """Return the configuration file that runs when none is named, and the reason for it.
 
     None means the built-in defaults: the package is installed without its `params/` folder.
+
+    Args:
+        named: what goes over the file; of it, `source` and `data_dir` tell whose frames are meant.
     """
-    root = project_root()
+    root, named = project_root(), named or {}
+    source, data_dir = (str(named.get(key) or "") for key in ("source", "data_dir"))
     if override := os.environ.get("BUNNY_LORA_PARAMS"):
         return resolve(override), "named by BUNNY_LORA_PARAMS"
     if path := host_config(Path.cwd()):
         return path, "found in the working folder"
-    if has_user_data():
+    if source == "bunny-world":
+        path, reason = root / "params" / "demo.yaml", "the demo's film is named as the source"
+    elif source not in ("", "auto"):
+        path, reason = root / "params" / "cpu.yaml", "you named a source of your own"
+    elif data_dir and is_own_data(resolve(data_dir)):
+        path, reason = root / "params" / "cpu.yaml", "you named training data of your own"
+    elif has_user_data():
         path, reason = root / "params" / "cpu.yaml", "found your own frames"
     else:
         path, reason = root / "params" / "demo.yaml", "no frames of your own yet, so the demo runs"

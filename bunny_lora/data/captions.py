@@ -9,7 +9,8 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Annotated, Any
@@ -28,6 +29,17 @@ JSON_PREFIXES = ("{", "```")
 # Plain ones but in "1,000", full-width and ideographic ones; whatever follows the last is no part.
 WIDE = "\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}"
 COMMAS = re.compile(rf"\s*(?:(?<!\d),|,(?!\d)|[{WIDE}])[\s,{WIDE}]*(?=[^\s,{WIDE}])")
+
+# What analyses write where they know nobody, and how they write several.
+NOBODY = re.compile(
+    r"[\s\-?.,_/*]*|nobody|no[ -]?one|none( .*)?|null|nil|n/?a"
+    r"|(unknown|unidentified|unnamed|unrecogni[sz]ed|anonymous)( .*)?"
+    r"|no (\w+ )?(characters?|persons?|people|names?|faces?)( .*)?"
+    r"|not (identified|recogni[sz]ed|visible|applicable|available|known|sure)"
+)
+SEVERAL = re.compile(r"\s*[,;&]\s*(?:and\s+)?|\s+and\s+")
+# Of scripts that part their words: "rex" is in a Japanese sentence, but not in "trex".
+LETTER = r"[^\W\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 
 Box = tuple[float, float, float, float]
 
@@ -62,7 +74,12 @@ def clean(value: Any) -> Any:
 
 def find_name(text: str, name: str) -> re.Match[str] | None:
     """Return where `text` first has `name` as a word of its own ("rex" is not in "trex")."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
+    return re.search(rf"(?<!{LETTER}){re.escape(name)}(?!{LETTER})", text, re.IGNORECASE)
+
+
+def names_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which names a text has as words of their own."""
+    return tuple(name for name in names if find_name(text, name))
 
 
 def caption_parts(caption: str) -> list[str]:
@@ -76,13 +93,30 @@ def caption_parts(caption: str) -> list[str]:
 
 
 def _names(value: Any) -> Any:
-    """Lower-case names, each once; a single string is a list with commas, anything else no name."""
+    """Lower-case names, each once; a single string is a list of one, anything else no name.
+
+    One text may hold several names, or say in words that there is none.
+    """
     if isinstance(value, str):
-        value = value.split(",")
+        value = [value]
     if not isinstance(value, list):
         return value
-    names = [clean(name).lower() for name in value if isinstance(name, str)]
-    return list(dict.fromkeys(filter(None, names)))
+    texts = [clean(text).lower() for text in value if isinstance(text, str)]
+    names = [name for text in texts if not NOBODY.fullmatch(text) for name in SEVERAL.split(text)]
+    return [name for name in dict.fromkeys(names) if not NOBODY.fullmatch(name)]
+
+
+def names_said(values: Iterable[Any]) -> list[str]:
+    """Return in lines which of the given names were no names, and which were several."""
+    fields = [value if isinstance(value, list) else [value] for value in values]
+    texts = [clean(text).lower() for texts in fields for text in texts if isinstance(text, str)]
+    nobody = Counter(text for text in texts if text and NOBODY.fullmatch(text))
+    several = Counter(text for text in texts if text not in nobody and len(SEVERAL.split(text)) > 1)
+    return [
+        f"characters_identified: {what}: " + ", ".join(f"{text!r} ({n})" for text, n in found.items())
+        for what, found in (("no names", nobody), ("several names in one", several))
+        if found
+    ]
 
 
 def _boxes(value: Any) -> list[Box]:

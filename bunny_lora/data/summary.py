@@ -53,6 +53,11 @@ def token_limit(tokenizer: Any) -> int | None:
     return None if tokenizer is None else int(tokenizer.model_max_length)
 
 
+def characters_of(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return in how many pictures each character is."""
+    return dict(sorted(Counter(name for sample in samples for name in sample.characters).items()))
+
+
 def identity(source: Source, tokenizer: Any) -> dict[str, Any]:
     """Return the part of the summary that must be the same for the data to be the same."""
     settings = {"min_confidence": source.min_confidence, "tokenizer_limit": token_limit(tokenizer)}
@@ -60,6 +65,7 @@ def identity(source: Source, tokenizer: Any) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": source.kind,
         "input_sha256": source.digest,
+        "characters": characters_of(source.frames),
         "settings": settings,
     }
 
@@ -88,7 +94,6 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
     """
     frames = source.frames
     confidence = [frame.confidence for frame in frames if frame.confidence is not None]
-    names = Counter(name for frame in frames for name in frame.characters)
     sizes = Counter("x".join(map(str, frame.size)) for frame in frames)
     dropped = [
         {
@@ -104,7 +109,7 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
         "n_images": len(frames),
         "n_rescued": sum(frame.rescued for frame in frames),
         "n_instance_prompt": sum(frame.prompted for frame in frames),
-        "characters": dict(sorted(names.items())),
+        "characters": characters_of(frames),
         "confidence": _spread(confidence) if confidence else None,
         "caption_tokens": _tokens(frames, samples, token_limit(tokenizer)),
         "sizes": dict(sorted(sizes.items())),
@@ -136,8 +141,16 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """
     n_images, prompted = summary["n_images"], summary.get("n_instance_prompt", 0)
     lines = []
+    if "replaced" in summary:
+        lines.append(f"This replaces what was prepared from {summary['replaced']}")
     if prompted:
         lines.append(f"{prompted} of {n_images} have no caption and get the instance_prompt for one")
+    if not summary["characters"] and prompted < n_images:
+        lines.append(
+            "nobody is named in these data, so names are not kept in captions, nor judged: tell them,"
+            " or the trigger words that captions have, with character_names (--set"
+            " 'character_names=[ellie, rex]')"
+        )
     lines += summary.get("notes", [])
     by_reason: dict[str, list[str]] = {}
     for item in summary.get("unused", []):

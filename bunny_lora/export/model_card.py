@@ -25,6 +25,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.names import title_of
 from bunny_lora.model import components
 from bunny_lora.model.formats import LoRA
+from bunny_lora.prepare import reading
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
 
@@ -137,7 +138,7 @@ def _step(weights_dir: Path) -> int | None:
 
 def _samples(config: Config | None) -> list[Sample]:
     try:
-        return read_samples(config.data_path) if config else []
+        return read_samples(config.data_path, **reading(config)) if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 
