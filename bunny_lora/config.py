@@ -161,7 +161,8 @@ class EvaluationSection(Section):
 class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
-    # A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch.
+    # A folder, a .safetensors file of Stable Diffusion 1.x, or a model of the hub: owner/name, or
+    # owner/name@ and a commit, a tag or a branch.
     base_model: Recorded = "nota-ai/bk-sdm-tiny"
     method: Literal["lora"] = "lora"
     output_dir: OwnFolder = "outputs/lora_weights"

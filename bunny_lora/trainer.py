@@ -106,9 +106,9 @@ class LoRATrainer:
 
     def _train_what_is_left(self, final: Path) -> Path:
         with interrupts.stoppable():
-            commit = components.base_commit(self.config.base_model)
+            identity = components.base_identity(self.config.base_model)
             data = dataset.data_sha256(self.data_dir)
-            about = Identity.of(self.config, data, self.group.count, commit)
+            about = Identity.of(self.config, data, self.group.count, identity)
             start, complete = self.group.told_by_main(lambda: self._open(about, final))
             if not complete:
                 self.load(start)

@@ -18,6 +18,7 @@ from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import adapters, components, kinds
 from bunny_lora.model.formats import LoRA
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
@@ -41,11 +42,16 @@ class About:
     alpha: float
     scores: dict[str, Any] | None
     thumbnail: bytes | None
+    base_identity: str | None
+    weights_sha256: str | None
+    is_sd2: bool
+    prediction_type: str
 
     @classmethod
     def of_run(cls, weights_dir: Path, base_model: str, lora: LoRA) -> About:
         """Read what the run that `weights_dir` belongs to recorded."""
         run_dir = weights_dir.parent
+        base_folder = Path(components.resolve_base_model(base_model))
         config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
         samples = _samples(config)
         first = next(iter(next(iter(lora.values())).values()))
@@ -60,6 +66,10 @@ class About:
             alpha=first.alpha,
             scores=_scores(run_dir),
             thumbnail=_thumbnail(run_dir),
+            base_identity=components.base_identity(base_model),
+            weights_sha256=adapters.adapter_digest(weights_dir),
+            is_sd2=kinds.is_sd2(base_folder),
+            prediction_type=kinds.prediction_type(base_folder),
         )
 
     def kohya_metadata(self, *, experimental: bool = False) -> dict[str, str]:
@@ -69,19 +79,15 @@ class About:
         https://github.com/Stability-AI/ModelSpec.
         """
         told: dict[str, Any] = {
-            "ss_v2": "False",
-            "ss_base_model_version": "sd_v1",
+            "ss_v2": self.is_sd2,
+            "ss_base_model_version": ("sd_v2" if self.is_sd2 else "sd_v1") + "_v" * self._predicts_v,
             "ss_network_module": "networks.lora",
             "ss_network_dim": self.rank,
             "ss_network_alpha": self.alpha,
             "ss_network_args": "{}",
             "ss_output_name": self.title,
             "ss_sd_model_name": self.base_model,
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
-            "modelspec.implementation": "diffusers",
-            "modelspec.title": self.title,
-            "modelspec.trigger_phrase": ", ".join(self.characters),
+            **self._modelspec("/lora"),
         }
         if self.thumbnail:
             encoded = base64.b64encode(self.thumbnail).decode()
@@ -100,6 +106,33 @@ class About:
         known = {"ss_num_train_images": self.n_images, "ss_steps": self.step}
         told |= {name: value for name, value in known.items() if value is not None}
         return {name: str(value) for name, value in told.items()}
+
+    def checkpoint_metadata(self) -> dict[str, str]:
+        """Return the header of a whole model with this LoRA merged in."""
+        merged = {
+            "base_model": self.base_model,
+            "base_identity": self.base_identity,
+            "lora": self.title,
+            "lora_weights_sha256": self.weights_sha256,
+            "lora_steps": self.step,
+        }
+        told = {"format": "pt"} | self._modelspec("") | merged
+        return {name: str(value) for name, value in told.items() if value is not None}
+
+    @property
+    def _predicts_v(self) -> bool:
+        return self.prediction_type == "v_prediction"
+
+    def _modelspec(self, kind: str) -> dict[str, str]:
+        second = "stable-diffusion-v2-768-v" if self._predicts_v else "stable-diffusion-v2-512"
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": (second if self.is_sd2 else "stable-diffusion-v1") + kind,
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": self.title,
+            "modelspec.trigger_phrase": ", ".join(self.characters),
+            "modelspec.prediction_type": "v" if self._predicts_v else self.prediction_type,
+        }
 
 
 def _training_metadata(config: Config) -> dict[str, Any]:
