@@ -141,7 +141,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    kinds = ["peft", "diffusers", "kohya", "merged", "kohya-sd1"]
+    kinds = ["peft", "diffusers", "kohya", "merged", "checkpoint", "kohya-sd1"]
     parser.add_argument(
         "--lora-weights", type=typed, required=True, help="…/final, …/checkpoint-100 or a run's folder"
     )

@@ -49,7 +49,8 @@ class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
     base_model: Recorded = "nota-ai/bk-sdm-tiny"
-    """A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch."""
+    """A folder, a .safetensors file of Stable Diffusion 1.x, or a model of the hub: owner/name, or
+    owner/name@ and a commit, a tag or a branch."""
     method: Literal["lora"] = "lora"
     """What is trained; the only one there is."""
     output_dir: OwnFolder = "outputs/lora_weights"
