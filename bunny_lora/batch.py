@@ -102,7 +102,9 @@ def draw_batch(
         return add_metadata(components.generate(pipe, images[path]), made_by)
 
     drawn = group.share(missing, draw_one)
-    for path, image in progress(drawn, desc="draw", total=len(missing), unit="image"):
+    for path, image in progress(
+        drawn, desc="draw", total=len(missing), unit="image", disable=not missing
+    ):
         if group.is_main:
             save_image(image, path)
     paths = list(images)

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A run that was stopped returns 128 + the signal's number, as a shell does: 130 or 143.
     """
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         with ranks.quiet_unless_main():
             options.run(options)
     except FollowerError:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bunny_lora.errors import BunnyLoraError
+
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
 
@@ -54,21 +56,43 @@ def project_root() -> Path:
     return cwd
 
 
+def home() -> Path | None:
+    """Return the user's home folder; None where the system knows none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a leading `~` or `~name` put in words.
+
+    Raises:
+        BunnyLoraError: nobody knows that home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BunnyLoraError(
+            f"{path} starts with a home folder that this system does not know: write the path in full."
+        ) from None
+
+
 def resolve(path: str | Path) -> Path:
     """Return `path` as it is if absolute, else under the project root."""
-    return project_root() / Path(path).expanduser()
+    return project_root() / expanded(path)
 
 
 def typed(path: str | Path) -> Path:
     """Return what a path typed in a shell names: from the working folder, else the project root."""
-    here = Path(path).expanduser().absolute()
+    here = expanded(path).absolute()
     at_root = resolve(path)
     return at_root if at_root.exists() and not here.exists() else here
 
 
 def new(path: str | Path) -> Path:
     """Return what a path typed in a shell names that is to be written: from the working folder."""
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 def typed_or_name(text: str) -> str:
@@ -82,7 +106,8 @@ def relative(path: Path) -> str:
     try:
         return path.resolve().relative_to(project_root()).as_posix()
     except ValueError:
-        return path.name if path.is_relative_to(Path.home()) else str(path)
+        at_home = (folder := home()) and path.is_relative_to(folder)
+        return path.name if at_home else str(path)
 
 
 def demo_film_dir() -> Path:

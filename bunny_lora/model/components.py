@@ -79,7 +79,7 @@ def folder_here(name: str) -> str | None:
         return str(WORLD_WEIGHTS / "sd")
     if name in random_models.RANDOM_MODELS:
         return str(random_models.random_model_folder(name))
-    for folder in (paths.resolve(name), Path(name).expanduser()):
+    for folder in (paths.resolve(name), paths.expanded(name)):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
         if files.is_file(folder):
