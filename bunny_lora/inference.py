@@ -141,12 +141,19 @@ def recorded_base_model(weights: Path | None) -> str:
     if not name:
         raise BunnyLoraError(f"{weights} does not record the base model it was trained on; {advice}.")
     # Other trainers record the name of a file that only they had.
-    if weights.is_file() and not (components.folder_here(name) or ON_THE_HUB.fullmatch(name)):
+    if weights.is_file() and not (ON_THE_HUB.fullmatch(name) or _is_here(name)):
         raise BunnyLoraError(
             f"{weights} was trained on {name!r}, which is no folder here and no name on the hub;"
             f" {advice}."
         )
     return name
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return components.folder_here(name) is not None
+    except (OSError, RuntimeError):  # no name that a folder can have
+        return False
 
 
 def run_dtype(weights: Path | None, device: torch.device) -> torch.dtype:

@@ -287,9 +287,16 @@ def test_ranks_and_alphas_that_make_no_sense_are_refused(
     models = models_of(pipeline(tiny_model))
     name, module = next(iter(lora["unet"].items()))
     path = tmp_path / "odd.safetensors"
-    formats.write_kohya({"unet": {name: Module(module.down[:2], module.up, 2.0)}}, path, {})
-    with pytest.raises(BunnyLoraError, match="another base model"):
-        formats.read_lora(path, models)
+    for down, up in (
+        (module.down[:2], module.up),
+        (module.down[0], module.up),
+        (module.down, torch.tensor(1.0)),
+        (module.down[:0], module.up[:, :0]),
+        (module.down, module.up[:, :, None, None]),
+    ):
+        formats.write_kohya({"unet": {name: Module(down, up, 2.0)}}, path, {})
+        with pytest.raises(BunnyLoraError, match=r"odd.* is damaged: the matrices of down_blocks"):
+            formats.read_lora(path, models)
     formats.write_kohya({"unet": {name: module}}, path, {})
     state = load_file(path)
     alpha = next(key for key in state if key.endswith(".alpha"))

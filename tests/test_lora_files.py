@@ -451,6 +451,8 @@ def test_a_kohya_file_is_drawn_with_the_base_model_that_it_records(
             r"'v1-5-pruned\.safetensors', which is no folder here",
         ),
         ("C:/models/anime/v1.ckpt", "is no folder here and no name on the hub"),
+        ("~nobody-of-this-name/sd", "is no folder here and no name on the hub"),
+        ("x" * 5000, "is no folder here and no name on the hub"),
         (None, r"style\.safetensors does not record the base model"),
     ],
 )
