@@ -611,3 +611,30 @@ def test_a_png_with_a_huge_profile_keeps_its_colours(folder, monkeypatch):
         Image.open(folder / "a.png")
     assert open_rgb(folder / "a.png").tobytes() == expected
     assert inspect(folder / "a.png") == (48, 40) and plain_suffix(folder / "a.png") is None
+
+
+# --- text beyond the encoder's limit
+
+
+LONG = "walking through a wide forest " * 30
+
+
+@pytest.mark.parametrize("place", ["source", "data_dir"])
+def test_what_of_captions_is_cut_is_said_with_the_names_in_it(folder, tiny_model, place):
+    def said(*names: str) -> str:
+        config = tiny_config(tiny_model, character_names=list(names), **{place: "mine"})
+        lines = remarks(prepare_data(config)) if place == "source" else check_as_it_is(config)
+        return next((line for line in lines if "tokens" in line), "")
+
+    fill(folder, a="rex, walking")
+    assert said("rex") == ""
+    fill(folder, b=LONG + "rex", c=f"{LONG} phil")
+    assert re.fullmatch(
+        r"2 of 3 captions are longer than the 77 tokens that the text encoder reads: of the longest,"
+        r" the last \d+ are lost; no name is, since in 2 they were put in front",
+        said("rex", "phil"),
+    )
+    assert said().endswith("are lost, and maybe a name")
+    crowd = [f"somebody called number {number}" for number in range(40)]
+    fill(folder, d=", ".join(crowd))
+    assert re.search(r"and in some a name: .*'somebody called number 39'", said("rex", *crowd))
