@@ -24,6 +24,7 @@ from bunny_lora.data.frames import Sample, Unused, unseen
 from bunny_lora.data.images import Finder, crop_around, open_rgb
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
+    caption_tokens,
     characters_of,
     load_summary,
     sample_from,
@@ -202,11 +203,12 @@ def _samples_beside(listing: Listing, data_dir: Path) -> list[Sample]:
     ]
 
 
-def describe_as_it_is(data_dir: Path, **options: Any) -> dict[str, Any]:
+def describe_as_it_is(data_dir: Path, tokenizer: Any, **options: Any) -> dict[str, Any]:
     """Return of a folder that nobody prepared what `remarks` are made of.
 
     Args:
         data_dir: as in `read_samples`.
+        tokenizer: as in `prepare`.
         **options: what `reading` returns.
 
     Raises:
@@ -227,6 +229,7 @@ def describe_as_it_is(data_dir: Path, **options: Any) -> dict[str, Any]:
         "n_images": len(samples),
         "n_instance_prompt": sum(sample.prompted for sample in samples),
         "characters": characters_of(samples),
+        "caption_tokens": caption_tokens(samples, [fitted(s, tokenizer) for s in samples], tokenizer),
         "notes": [*listing.notes, *unseen(names, samples)],
         "unused": [asdict(item) for item in (*unused, *listing.unused)],
     }

@@ -60,7 +60,8 @@ def check_as_it_is(config: Config) -> list[str]:
     Raises:
         BunnyLoraError: it cannot be read, or has no captions and nobody asked for one for all.
     """
-    about = dataset.describe_as_it_is(config.data_path, **reading(config))
+    tokenizer = components.load_tokenizer(config.base_model)
+    about = dataset.describe_as_it_is(config.data_path, tokenizer, **reading(config))
     _refuse_captionless(about, config, config.data_path)
     return remarks(about)
 

@@ -7,14 +7,17 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, tiny_config
-from PIL import Image
+from conftest import CHECKOUT, open_image, tiny_config
+from PIL import Image, PngImagePlugin, features
+from PIL.PngImagePlugin import PngInfo
+from test_colours import display_p3
 
 from bunny_lora import dataset
 from bunny_lora.cli import main
 from bunny_lora.config import load_config
 from bunny_lora.data.captions import names_in
 from bunny_lora.data.frames import Source
+from bunny_lora.data.images import inspect, open_rgb, plain_suffix
 from bunny_lora.data.summary import remarks
 from bunny_lora.data.writing import prepare
 from bunny_lora.errors import BunnyLoraError
@@ -534,3 +537,104 @@ def test_the_key_names_characters_of_stage_4_and_of_a_folder_as_it_is(folder, pr
 def test_names_are_found_in_scripts_that_do_not_part_their_words(caption):
     assert names_in(caption, ["エリー"]) and not names_in("a trex", ["rex"])
     assert names_in(unicodedata.normalize("NFC", f"{caption} rex"), ["rex"])
+
+
+# --- pictures of every kind
+
+
+@pytest.mark.parametrize(
+    "ending", ["jpg", "jpeg", "JPEG", "jpe", "jfif", "jif", "jfi", "pjpeg", "pjp", "mpo"]
+)
+def test_a_jpeg_is_read_and_copied_under_every_ending(folder, project, ending):
+    path = draw(folder / f"a.{ending}", "JPEG")
+    (folder / "a.txt").write_text("rex")
+    (image,) = prepare(read_source(folder), project / "data" / "images")["images"]
+    assert image["file_name"].lower() in ("a.jpg", "a.jpeg")
+    assert (project / "data" / "images" / image["file_name"]).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read(folder, project):
+    draw(folder / "a.avif")
+    (image,) = prepare(read_source(folder, instance_prompt="rex"), project / "d" / "i")["images"]
+    assert image["file_name"] == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "HEIC"),
+        (b"\xff\x0a\0\0", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n", "JPEG XL"),
+    ],
+)
+def test_a_phones_picture_under_a_false_name_is_told_apart_from_a_broken_one(folder, start, kind):
+    (folder / "a.jpg").write_bytes(start + bytes(64))
+    (item,) = read_source(folder, instance_prompt="rex").dropped
+    advice = f"a.jpg is {kind}; save it as PNG or JPEG, whatever its ending says"
+    assert item.reason == f"format not read: {advice}"
+
+
+def chunks(place: str) -> dict[str, PngInfo | bytes]:
+    info = PngInfo()
+    if place == "zTXt":
+        info.add_text("workflow", "x" * (2 << 20), zip=True)
+    elif place == "iTXt":
+        info.add_itxt("workflow", "x" * (2 << 20), zip=True)
+    elif place == "tEXt":
+        for number in range(3):
+            info.add_text(f"history {number}", "x" * (24 << 20))
+    return {"pnginfo": info}
+
+
+@pytest.mark.parametrize("place", ["zTXt", "iTXt", "tEXt"])
+def test_a_png_with_a_huge_text_is_read_and_written_without_it(folder, project, place):
+    picture = Image.new("RGB", (48, 40), (10, 200, 30))
+    picture.save(folder / "a.png", **chunks(place))
+    with pytest.raises(ValueError, match=r"Decompressed data too large|Too much memory"):
+        Image.open(folder / "a.png").load()
+    prepare(read_source(folder, instance_prompt="rex"), project / "data" / "images")
+    written = open_image(project / "data" / "images" / "a.png")
+    assert written.tobytes() == picture.tobytes() and not written.info
+    jsonl(folder, {"file_name": "a.png", "text": "rex"})
+    assert dataset.ImageDataset(folder, resolution=32, center_crop=True)[0].shape == (3, 32, 32)
+
+
+def test_a_png_with_a_huge_profile_keeps_its_colours(folder, monkeypatch):
+    picture = Image.new("RGB", (48, 40), (100, 150, 200))
+    picture.save(folder / "a.png", icc_profile=display_p3())
+    expected = open_rgb(folder / "a.png").tobytes()
+    assert expected != picture.tobytes()
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 16)
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(folder / "a.png")
+    assert open_rgb(folder / "a.png").tobytes() == expected
+    assert inspect(folder / "a.png") == (48, 40) and plain_suffix(folder / "a.png") is None
+
+
+# --- text beyond the encoder's limit
+
+
+LONG = "walking through a wide forest " * 30
+
+
+@pytest.mark.parametrize("place", ["source", "data_dir"])
+def test_what_of_captions_is_cut_is_said_with_the_names_in_it(folder, tiny_model, place):
+    def said(*names: str) -> str:
+        config = tiny_config(tiny_model, character_names=list(names), **{place: "mine"})
+        lines = remarks(prepare_data(config)) if place == "source" else check_as_it_is(config)
+        return next((line for line in lines if "tokens" in line), "")
+
+    fill(folder, a="rex, walking")
+    assert said("rex") == ""
+    fill(folder, b=LONG + "rex", c=f"{LONG} phil")
+    assert re.fullmatch(
+        r"2 of 3 captions are longer than the 77 tokens that the text encoder reads: of the longest,"
+        r" the last \d+ are lost; no name is, since in 2 they were put in front",
+        said("rex", "phil"),
+    )
+    assert said().endswith("are lost, and maybe a name")
+    crowd = [f"somebody called number {number}" for number in range(40)]
+    fill(folder, d=", ".join(crowd))
+    assert re.search(r"and in some a name: .*'somebody called number 39'", said("rex", *crowd))

@@ -218,6 +218,15 @@ def count_tokens(text: str, tokenizer: Any) -> int:
     return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
+def names_lost(caption: str, names: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    """Return which names of a caption are only in what is cut off at the tokenizer's limit."""
+    mentions = {name: find for name in names if (find := find_name(caption, name))}
+    # Words are tokenized one by one: what ends within the limit alone is kept whole in the cut caption.
+    limit = tokenizer.model_max_length
+    ends = {name: count_tokens(caption[: m.end()], tokenizer) for name, m in mentions.items()}
+    return tuple(name for name, end in ends.items() if end > limit)
+
+
 def name_first(caption: str, names: Sequence[str], tokenizer: Any) -> str:
     """Put the names in front if cutting at the tokenizer's limit would lose one that the caption has.
 
@@ -232,8 +241,6 @@ def name_first(caption: str, names: Sequence[str], tokenizer: Any) -> str:
     limit = tokenizer.model_max_length
     if count_tokens(caption, tokenizer) <= limit:
         return caption
-    mentions = {name: find for name in names if (find := find_name(caption, name))}
-    # Words are tokenized one by one: what ends within the limit alone is kept whole in the cut caption.
-    lost = (count_tokens(caption[: m.end()], tokenizer) > limit for m in mentions.values())
-    front = ", ".join(mentions) + ", "
-    return front + caption if any(lost) and not caption.startswith(front) else caption
+    front = ", ".join(names_in(caption, names)) + ", "
+    lost = names_lost(caption, names, tokenizer)
+    return front + caption if lost and not caption.startswith(front) else caption

@@ -14,6 +14,7 @@ from typing import Any
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.data.captions import names_lost
 from bunny_lora.data.frames import Sample, Source
 from bunny_lora.errors import BunnyLoraError
 
@@ -111,7 +112,7 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
         "n_instance_prompt": sum(frame.prompted for frame in frames),
         "characters": characters_of(frames),
         "confidence": _spread(confidence) if confidence else None,
-        "caption_tokens": _tokens(frames, samples, token_limit(tokenizer)),
+        "caption_tokens": caption_tokens(frames, samples, tokenizer),
         "sizes": dict(sorted(sizes.items())),
         "dropped_by_reason": by_reason(source),
         "dropped": dropped,
@@ -120,17 +121,49 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
     }
 
 
-def _tokens(
-    frames: Sequence[Sample], samples: Sequence[Sample], limit: int | None
+def caption_tokens(
+    frames: Sequence[Sample], samples: Sequence[Sample], tokenizer: Any
 ) -> dict[str, Any] | None:
+    """Return how long captions are and what of them is cut; the arguments are as in `describe`."""
     tokens = [sample.tokens for sample in samples if sample.tokens is not None]
+    limit = token_limit(tokenizer)
     if limit is None:
         return None
     return _spread(tokens) | {
         "limit": limit,
         "n_truncated": sum(n > limit for n in tokens),
         "n_names_moved": sum(a.caption != b.caption for a, b in zip(frames, samples, strict=True)),
+        "names_lost": sorted({name for s in samples for name in _lost(s, tokenizer)}),
     }
+
+
+def _lost(sample: Sample, tokenizer: Any) -> tuple[str, ...]:
+    if sample.tokens is None or sample.tokens <= tokenizer.model_max_length:
+        return ()
+    return names_lost(sample.caption, sample.characters, tokenizer)
+
+
+def cut_text(tokens: Mapping[str, Any] | None, n_images: int, *, named: bool) -> str:
+    """Return in a line how much of the captions the text encoder never sees; empty if nothing.
+
+    Args:
+        tokens: as `describe` returns it.
+        n_images: how many captions there are.
+        named: whether it is known who is in the pictures.
+    """
+    if not tokens or not tokens["n_truncated"]:
+        return ""
+    limit, lost = tokens["limit"], tokens["max"] - tokens["limit"]
+    line = (
+        f"{tokens['n_truncated']} of {n_images} captions are longer than the {limit} tokens that the"
+        f" text encoder reads: of the longest, the last {lost} are lost"
+    )
+    if names := tokens.get("names_lost"):
+        return f"{line}, and in some a name: {', '.join(map(repr, names))}"
+    if not named:
+        return f"{line}, and maybe a name"
+    moved = tokens["n_names_moved"]
+    return line + f"; no name is, since in {moved} they were put in front" * bool(moved)
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
@@ -152,6 +185,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             " 'character_names=[ellie, rex]')"
         )
     lines += summary.get("notes", [])
+    if cut := cut_text(summary.get("caption_tokens"), n_images, named=bool(summary["characters"])):
+        lines.append(cut)
     by_reason: dict[str, list[str]] = {}
     for item in summary.get("unused", []):
         by_reason.setdefault(item["reason"], []).append(item["file"])
