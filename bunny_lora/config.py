@@ -25,6 +25,7 @@ from bunny_lora.core.schema import is_section
 from bunny_lora.core.sections import (
     EvaluationSection,
     LoRASection,
+    PreservationSection,
     PriorPreservationSection,
     SamplingSection,
     Section,
@@ -93,6 +94,7 @@ class Config(Section):
     lora: LoRASection = LoRASection()
     training: TrainingSection = TrainingSection()
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
+    preservation: PreservationSection = PreservationSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
     _user_settings: dict[str, Any] = PrivateAttr(default_factory=dict)

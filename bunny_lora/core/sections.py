@@ -140,11 +140,24 @@ class PriorPreservationSection(Section):
     num_class_images: int = Field(100, ge=1)
     """How many of them; the base model draws those that class_data_dir does not have."""
     class_prompt: str = Field("cartoon character", min_length=1)
-    """What the class is called; without a name, evaluation asks for it too."""
+    """What the class is called; preservation, and evaluation without a name, ask for it too."""
     class_data_dir: OwnFolder = "training_data/class_images"
     """Their folder; pictures of your own in it are used first."""
     prior_loss_weight: float = Field(1.0, ge=0)
     """How much their loss counts; 1: as much as that of your pictures."""
+
+
+class PreservationSection(Section):
+    """Output preservation: where nobody is named, the model goes on drawing as without the LoRA.
+
+    Some samples have the names taken out of their captions, and learn what the same model predicts with
+    the LoRA off: of these captions some are empty, and some the class_prompt of prior_preservation.
+    """
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """How many of each step's samples, from 0 to below 1. 0: none, off."""
+    weight: float = Field(1.0, gt=0)
+    """How much the loss of each counts; 1: as much as that of any other."""
 
 
 class SamplingSection(Section):

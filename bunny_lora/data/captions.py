@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Annotated, Any
@@ -29,6 +29,8 @@ JSON_PREFIXES = ("{", "```")
 # Plain ones but in "1,000", full-width and ideographic ones; whatever follows the last is no part.
 WIDE = "\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}"
 COMMAS = re.compile(rf"\s*(?:(?<!\d),|,(?!\d)|[{WIDE}])[\s,{WIDE}]*(?=[^\s,{WIDE}])")
+APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
+JOINING = "and|&|with"
 
 # What analyses write where they know nobody, and how they write several.
 NOBODY = re.compile(
@@ -90,6 +92,25 @@ def caption_parts(caption: str) -> list[str]:
     """
     starts = [match.start() for match in COMMAS.finditer(caption)]
     return [caption[a:b] for a, b in itertools.pairwise((0, *starts, len(caption)))]
+
+
+def without_names(caption: str, names: Collection[str]) -> str:
+    """Return a caption with names taken out, and what joined them: "a and b, on a beach", "on a beach".
+
+    A part between commas that was nothing but names goes with them.
+    """
+    if not names:
+        return caption
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    name = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)(?:['{APOSTROPHE}]s(?!\w))?"
+    joined = re.compile(rf"\s+(?:{JOINING})\s+{name}|{name}\s+(?:{JOINING})\s+|{name}", re.IGNORECASE)
+    parts = []
+    for part in caption_parts(caption):
+        if joined.search(part):
+            part = " ".join(joined.sub(" ", part).split())
+        if part.strip(f",{WIDE}"):
+            parts.append(part)
+    return "".join(parts).lstrip(f",{WIDE} ")
 
 
 def _names(value: Any) -> Any:

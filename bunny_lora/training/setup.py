@@ -89,10 +89,15 @@ def set_up(
                 "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
                 " that may be left out."
             )
+        if config.preservation.share and not images.names:
+            print(
+                "preservation.share: the data say of nobody who is in a picture, so no name is taken"
+                " out; the captions of its samples are empty, or the class_prompt."
+            )
         class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
 
     models = _attach(parts, config)
-    learner = Learner(parts, config, images, class_data)
+    learner = Learner(parts, config, images, class_data, models)
     optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
