@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bunny_lora.config import Config
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, random_models
+from bunny_lora.model import random_models
 from bunny_lora.training import fingerprint
 from bunny_lora.training.fingerprint import Fingerprint, mathematical_differences
 
