@@ -17,6 +17,7 @@ from bunny_lora.config import Config
 from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
+from bunny_lora.model.hub import download
 from bunny_lora.training import fingerprint
 from bunny_lora.training.fingerprint import Fingerprint, mathematical_differences
 
@@ -227,7 +228,7 @@ def test_another_commit_of_the_base_model_is_another_run_and_older_runs_go_on() 
 def test_without_a_home_folder_nothing_is_fetched_into_a_folder_called_tilde(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
     with pytest.raises(BunnyLoraError, match=r"no home folder.*HF_HOME"):
-        hub.download("owner/name")
+        download("owner/name")
     assert not list(project.glob("~*"))

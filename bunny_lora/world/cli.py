@@ -66,8 +66,10 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     from bunny_lora.model.components import WORLD_WEIGHTS
     from bunny_lora.world.pretraining.quality import measure
+    from bunny_lora.world.pretraining.reader import pretrain_reader
 
-    measure(options.weights or WORLD_WEIGHTS, options.out, n_images=options.images)
+    reader = pretrain_reader(options.out)
+    measure(options.weights or WORLD_WEIGHTS, reader, options.out, n_images=options.images)
     print(options.out / "quality.json")
 
 
