@@ -7,6 +7,9 @@ from pathlib import Path
 
 from bunny_lora.data.captions import Box
 
+FaceNames = tuple[str | None, ...]
+"""Who each face of a picture is, in the order of its boxes; None where nobody can tell."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -37,6 +40,11 @@ class Sample:
     tokens: int | None = None
     prompted: bool = False
     repeats: int = 1
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there is no doubt who is seen: one name, and one face."""
+        return len(self.characters) == 1 and len(self.faces) == 1
 
 
 @dataclass(frozen=True)
