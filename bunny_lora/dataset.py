@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
-from bunny_lora.data.captions import name_first, near_caption
+from bunny_lora.data.captions import name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused
 from bunny_lora.data.images import Finder, crop_around, open_rgb
@@ -137,6 +137,22 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         """Return the square around a face of a picture, [3, resolution, resolution]."""
         near = self.face(index, face, FACE_TO_ZOOM)
         return self._pixels(near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS))
+
+    def caption(self, index: int) -> str:
+        """Return what item `index` shows: with `center_crop`, nobody whose face was cut off."""
+        sample = self.samples[index]
+        if self.face_names is None or not self.center_crop or not sample.size:
+            return sample.caption
+        margins = [(length - min(sample.size)) / 2 for length in sample.size]
+        unseen = {
+            name
+            for name, (x1, y1, x2, y2) in zip(self.face_names[index], sample.faces, strict=True)
+            for middle, margin, length in zip(
+                ((x1 + x2) / 2, (y1 + y2) / 2), margins, sample.size, strict=True
+            )
+            if name and not margin <= middle <= length - margin
+        }
+        return name_only(sample.caption, self.names - unseen, unseen)
 
     def zoomed_caption(self, index: int, face: int) -> str:
         """Return what `zoomed` shows; the picture's own caption where faces were not tied to names."""

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
-from bunny_lora.data.captions import caption_parts, find_name
+from bunny_lora.data.captions import caption_parts, find_name, name_only
+from bunny_lora.data.frames import FaceNames
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 
@@ -52,13 +53,22 @@ class View:
 class EncodedView:
     """A view as latents: mean and standard deviation, float32 [2, 4, H/8, W/8].
 
-    `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already. `caption` is
-    None where it is the sample's own.
+    `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already. `face_names`
+    say whose they are, if anybody knows. `caption` is None where it is the sample's own.
     """
 
     latent_dist: torch.Tensor
     faces: list[list[float]]
     caption: str | None = None
+    face_names: FaceNames = ()
+
+    def unseen(self, left: int, top: int, side: int) -> set[str]:
+        """Return who has a face, and has its middle outside a square: not of those without one."""
+        return {
+            name
+            for name, (x1, y1, x2, y2) in zip(self.face_names, self.faces, strict=False)
+            if name and not (0 <= (x1 + x2) / 2 - left <= side and 0 <= (y1 + y2) / 2 - top <= side)
+        }
 
 
 @dataclass(frozen=True)
@@ -105,16 +115,19 @@ class EncodedImages:
         view = views[int(torch.randint(len(views), (), generator=random))]
         mean, std = view.latent_dist
         latents = mean + std * torch.randn(mean.shape, generator=random)
-        latents = self._crop(latents, view.faces, random)
+        left, top = self._place(latents, view.faces, random)
+        latents = latents[:, top : top + self.latent_size, left : left + self.latent_size]
         noise = torch.randn(latents.shape, generator=random)
         timestep = torch.randint(num_train_timesteps, (), generator=random)
         caption = self.samples[index].caption if view.caption is None else view.caption
+        if unseen := view.unseen(left, top, self.latent_size):
+            caption = name_only(caption, self.names - unseen, unseen)
         return latents, noise, timestep, self._thinned(caption, random)
 
-    def _crop(
+    def _place(
         self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
-    ) -> torch.Tensor:
-        """Cut a random square out of latents of a whole frame: around all faces, or else around one.
+    ) -> tuple[int, int]:
+        """Return left and top of a random square in a whole frame: around all faces, or else one.
 
         A caption that names two and a square that shows one would teach that either name will do.
         """
@@ -126,8 +139,7 @@ class EncodedImages:
             if max(math.ceil(x2) - math.floor(x1), math.ceil(y2) - math.floor(y1)) > self.latent_size:
                 x1, y1, x2, y2 = faces[int(torch.randint(len(faces), (), generator=random))]
         top = self._offset(y1, y2, height, random)
-        left = self._offset(x1, x2, width, random)
-        return latents[:, top : top + self.latent_size, left : left + self.latent_size]
+        return self._offset(x1, x2, width, random), top
 
     def _offset(self, low: float, high: float, length: int, random: torch.Generator) -> int:
         """Return the start of a random window that holds `low` to `high`, or lies in it if longer."""
@@ -238,9 +250,12 @@ def _views(images: ImageDataset, *, random_flip: bool, zoom_on_faces: bool) -> l
 
 def _encoded_view(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> EncodedView:
     own = images.samples[view.index].caption
-    caption = images.zoomed_caption(view.index, view.face) if view.zoomed else own
+    caption = (
+        images.zoomed_caption(view.index, view.face) if view.zoomed else images.caption(view.index)
+    )
     faces = _faces_in(view, images, latent_dist)
-    return EncodedView(latent_dist, faces, None if caption == own else caption)
+    names = images.face_names[view.index] if faces and images.face_names is not None else ()
+    return EncodedView(latent_dist, faces, None if caption == own else caption, names)
 
 
 def _faces_in(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> list[list[float]]:
