@@ -135,7 +135,7 @@ def scores_table(result: EvalResult) -> str:
     drift = result.drift
     lines += [
         "-" * TABLE_WIDTH,
-        f"drift of prompts without a name {drift.mean:.3f} (0: nothing changed), n = {drift.n}",
+        f"drift of prompts without a name {_number(drift.mean)} (0: nothing changed), n = {drift.n}",
         f"separation by guessing {result.reference.chance_level:.3f}",
         f"features: {result.settings.features}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
