@@ -55,6 +55,7 @@ OTHER_NAMES = {
     "lr": "training.learning_rate",
     "unet_lr": _RATE,
     "text_encoder_lr": _RATE,
+    "caption_dropout_rate": "training.caption_dropout",
     "max_steps": _STEPS,
     "steps": _STEPS,
     "epochs": f"{_STEPS}, in steps of the optimiser",

@@ -99,6 +99,8 @@ class TrainingSection(Section):
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each part of a caption, between commas, is left out; the first one and those with a
     character's name always stay."""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """How likely a whole caption is left out: guidance starts from what an empty prompt gives."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
     snr_gamma: float | None = Field(None, gt=0)

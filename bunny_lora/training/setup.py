@@ -170,13 +170,15 @@ def _encode(
     if config.face_encoder is not None and stream == "training":
         encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
         images.face_names = tie_faces(images, encoder)
+    training, is_training = config.training, stream == "training"
     return encode_dataset(
         parts.vae,
         images,
         place / "latents",
         random_flip=config.random_flip,
         zoom_on_faces=config.zoom_on_faces,
-        tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+        tag_dropout=training.caption_tag_dropout if is_training else 0.0,
+        caption_dropout=training.caption_dropout if is_training else 0.0,
         repeats=images.repeats(balance=config.balance_characters),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
