@@ -75,7 +75,9 @@ class TrainingSection(Section):
     """One step is one optimiser step on batch_size x gradient_accumulation_steps images."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, one for UNet and text encoder."""
+    """Of AdamW: how far a step moves the weights."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    """The text encoder's own; null: the same."""
     lr_scheduler: Scheduler = "constant"
     """How the learning rate changes up to max_train_steps, as diffusers calls it."""
     lr_warmup_steps: int = Field(0, ge=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,8 @@ def set_up(
 
     models = _attach(parts, config)
     learner = Learner(parts, config, images, class_data, models)
-    optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
+    unet, *text_encoder = (_trainable(parts, [part]) for part in models)
+    optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
@@ -110,7 +111,7 @@ def set_up(
 
 def _say_doubts(config: Config, start: Start) -> None:
     """What a setting would not do stops a new run; one that has begun with it goes on as it was."""
-    for doubt in optim.doubts(config.training):
+    for doubt in optim.doubts(config):
         if start.folder is None:
             raise BunnyLoraError(doubt)
         if ranks.is_main_process():
@@ -132,7 +133,7 @@ def _start_from(parts: Components, config: Config) -> LoRA:
     return formats.read_lora(path, {part: getattr(parts, part) for part in adapters.PARTS})
 
 
-def _trainable(parts: Components, models: Mapping[str, PeftModel]) -> list[torch.nn.Parameter]:
+def _trainable(parts: Components, models: Iterable[str]) -> list[torch.nn.Parameter]:
     found = [adapters.trainable_parameters(getattr(parts, part)) for part in models]
     return [parameter for parameters in found for parameter in parameters.values()]
 
