@@ -76,7 +76,9 @@ class TrainingSection(Section):
     """One step is one optimiser step on batch_size x gradient_accumulation_steps images."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, one for UNet and text encoder."""
+    """Of AdamW: how far a step moves the weights."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    """The text encoder's own; null: the same."""
     lr_scheduler: Scheduler = "constant"
     """How the learning rate changes up to max_train_steps, as diffusers calls it."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -100,6 +102,8 @@ class TrainingSection(Section):
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each part of a caption, between commas, is left out; the first one and those with a
     character's name always stay."""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """How likely a whole caption is left out: guidance starts from what an empty prompt gives."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
     snr_gamma: float | None = Field(None, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ def set_up(
 
     models = _attach(parts, config)
     learner = Learner(parts, config, images, class_data, models)
-    optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
+    unet, *text_encoder = (_trainable(parts, [part]) for part in models)
+    optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
@@ -112,7 +113,7 @@ def set_up(
 
 def _say_doubts(config: Config, start: Start) -> None:
     """What a setting would not do stops a new run; one that has begun with it goes on as it was."""
-    for doubt in optim.doubts(config.training):
+    for doubt in optim.doubts(config):
         if start.folder is None:
             raise BunnyLoraError(doubt)
         if ranks.is_main_process():
@@ -134,7 +135,7 @@ def _start_from(parts: Components, config: Config) -> LoRA:
     return formats.read_lora(path, {part: getattr(parts, part) for part in adapters.PARTS})
 
 
-def _trainable(parts: Components, models: Mapping[str, PeftModel]) -> list[torch.nn.Parameter]:
+def _trainable(parts: Components, models: Iterable[str]) -> list[torch.nn.Parameter]:
     found = [adapters.trainable_parameters(getattr(parts, part)) for part in models]
     return [parameter for parameters in found for parameter in parameters.values()]
 
@@ -172,13 +173,15 @@ def _encode(
     if config.face_encoder is not None and stream == "training":
         encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
         images.face_names = tie_faces(images, encoder)
+    training, is_training = config.training, stream == "training"
     return encode_dataset(
         parts.vae,
         images,
         place / "latents",
         random_flip=config.random_flip,
         zoom_on_faces=config.zoom_on_faces,
-        tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+        tag_dropout=training.caption_tag_dropout if is_training else 0.0,
+        caption_dropout=training.caption_dropout if is_training else 0.0,
         repeats=images.repeats(balance=config.balance_characters),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
