@@ -15,7 +15,7 @@ from bunny_lora.config import Config
 from bunny_lora.core import paths, ranks
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats, targets
+from bunny_lora.model import adapters, components, devices, formats, prompts, targets
 from bunny_lora.model.components import Components
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
@@ -82,6 +82,8 @@ def set_up(
             targets.resolve_targets(
                 getattr(parts, part), part, adapters.target_names(part, config.lora)
             )
+        if group.is_main:
+            _say(prompts.doubts(config.training.validation_prompts, parts.tokenizer))
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
         samples = dataset.read_samples(config.data_path, **reading(config))
@@ -109,6 +111,11 @@ def set_up(
     if group.count > 1:
         checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
     return Setup(config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history)
+
+
+def _say(doubts: list[str]) -> None:
+    for doubt in doubts:
+        print(f"Validation prompts: {doubt}")
 
 
 def _say_doubts(config: Config, start: Start) -> None:
