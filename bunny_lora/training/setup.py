@@ -17,6 +17,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, prompts, targets
 from bunny_lora.model.components import Components
+from bunny_lora.model.fast import attention, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import reading
@@ -37,7 +38,7 @@ class Setup:
     """A run between two steps: `state` is what its steps change, the rest stays as it was loaded.
 
     `base_sha256` and `class_sha256` tell the weights and the class images that it was made with, and
-    `history` the environments, see `resume.Start`.
+    `history` the environments, see `resume.Start`. `fast_path` is what is computed on one in training.
     """
 
     config: Config
@@ -49,15 +50,20 @@ class Setup:
     base_sha256: str
     class_sha256: str | None
     history: tuple[dict[str, Any], ...]
+    fast_path: str
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return every parameter that training changes."""
         return _trainable(self.parts, self.state.models)
 
     def set_training_mode(self, training: bool) -> None:
-        """Switch dropout on for training, off for drawing."""
+        """Switch dropout and the fast path on for training, off for drawing."""
         for part in self.state.models:
             getattr(self.parts, part).train(training)
+        if training:
+            attention.install(self.parts.unet, choice.read(self.fast_path))
+        else:
+            attention.remove(self.parts.unet)
 
 
 def set_up(
@@ -110,7 +116,19 @@ def set_up(
     group.broadcast_from_main(lambda: _load_state(state, start, first_weights))
     if group.count > 1:
         checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
-    return Setup(config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history)
+    fast_path = _fast_path_here(start.fast_path or fingerprint.fast_path_of(config), parts)
+    return Setup(
+        config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history, fast_path
+    )
+
+
+def _fast_path_here(chosen: str, parts: Components) -> str:
+    """The main process chooses; another one's computer may have no compiler."""
+    reason = choice.why_not(parts.device, parts.dtype) if choice.read(chosen) else None
+    if reason is None:
+        return chosen
+    print(f"Warning: this process computes attention as torch does, not natively: {reason}")
+    return choice.PLAIN
 
 
 def _say(doubts: list[str]) -> None:
