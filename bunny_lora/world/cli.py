@@ -36,8 +36,8 @@ def add_world(parser: argparse.ArgumentParser) -> None:
     measure = commands.add_parser(
         "measure", help="measure Bunny World's models: the model card's table"
     )
-    measure.add_argument("--out", type=Path, required=True, help="folder of the reader and the results")
-    measure.add_argument("--weights", type=Path, help="folder of sd/ and clip/ (the shipped ones)")
+    measure.add_argument("--out", type=Path, required=True, help="folder of the results")
+    measure.add_argument("--weights", type=Path, help="folder of sd/, clip/ and reader/ (the shipped)")
     measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
     measure.set_defaults(run=_measure)
 
