@@ -49,7 +49,7 @@ def weights_identity(base_model: str | None, weights: Mapping[Any, float]) -> di
         base_model: None is the one recorded with the first weights.
         weights: as for `inference.load_lora_pipeline`.
     """
-    found = {adapters.find_weights(path): weight for path, weight in weights.items()}
+    found = inference.find_loras(weights.items())
     base_model = base_model or inference.recorded_base_model(next(iter(found), None))
     loras = [
         [sha256(path) if path.is_file() else adapters.adapter_digest(path), weight]
@@ -102,7 +102,9 @@ def draw_batch(
         return add_metadata(components.generate(pipe, images[path]), made_by)
 
     drawn = group.share(missing, draw_one)
-    for path, image in progress(drawn, desc="draw", total=len(missing), unit="image"):
+    for path, image in progress(
+        drawn, desc="draw", total=len(missing), unit="image", disable=not missing
+    ):
         if group.is_main:
             save_image(image, path)
     paths = list(images)

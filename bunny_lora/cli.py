@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A run that was stopped returns 128 + the signal's number, as a shell does: 130 or 143.
     """
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
         with ranks.quiet_unless_main():
             options.run(options)
     except FollowerError:
@@ -141,7 +141,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    kinds = ["peft", "diffusers", "kohya", "merged", "kohya-sd1"]
+    kinds = ["peft", "diffusers", "kohya", "merged", "checkpoint", "kohya-sd1"]
     parser.add_argument(
         "--lora-weights", type=typed, required=True, help="…/final, …/checkpoint-100 or a run's folder"
     )
@@ -218,14 +218,12 @@ def _download(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import batch, inference
     from bunny_lora.core.progress import progress
-    from bunny_lora.model import adapters
     from bunny_lora.training import distributed
 
     if options.prompts and not options.out:
         raise BunnyLoraError("--prompts FILE needs --out FOLDER: many images go into one folder.")
     prompts = batch.read_prompts(options.prompts) if options.prompts else options.prompt
-    named = map(weighted, options.lora_weights or ())
-    weights = {adapters.find_weights(path): weight for path, weight in named}
+    weights = inference.find_loras(map(weighted, options.lora_weights or ()))
     pipe = inference.load_lora_pipeline(options.base_model, weights, options.device)
     seeds = options.seed or [42]
     typed_settings = {

@@ -25,6 +25,7 @@ from bunny_lora.core.schema import is_section
 from bunny_lora.core.sections import (
     EvaluationSection,
     LoRASection,
+    PreservationSection,
     PriorPreservationSection,
     SamplingSection,
     Section,
@@ -49,7 +50,8 @@ class Config(Section):
     """The whole `finetuning:` section. Paths are relative to the project root."""
 
     base_model: Recorded = "nota-ai/bk-sdm-tiny"
-    """A folder, or a model of the hub: owner/name, or owner/name@ and a commit, a tag or a branch."""
+    """A folder, a .safetensors file of Stable Diffusion 1.x, or a model of the hub: owner/name, or
+    owner/name@ and a commit, a tag or a branch."""
     method: Literal["lora"] = "lora"
     """What is trained; the only one there is."""
     output_dir: OwnFolder = "outputs/lora_weights"
@@ -66,6 +68,8 @@ class Config(Section):
     """Where the training data is prepared, or lies already."""
     caption_column: str | None = None
     """Which column of a folder's table holds the captions; null: `text`, else `caption` or `prompt`."""
+    character_names: list[str] = Field(default_factory=list)
+    """Names or trigger words that captions have: who is in a picture, where no analysis says so."""
     instance_prompt: str = "cartoon character"
     """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
@@ -90,6 +94,7 @@ class Config(Section):
     lora: LoRASection = LoRASection()
     training: TrainingSection = TrainingSection()
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
+    preservation: PreservationSection = PreservationSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
     _user_settings: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -20,10 +20,12 @@ from PIL import Image, ImageOps
 from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import name_first
 from bunny_lora.data.folder import Listing, has_captions, read_folder
-from bunny_lora.data.frames import Sample, Unused
+from bunny_lora.data.frames import Sample, Unused, unseen
 from bunny_lora.data.images import Finder, crop_around, open_rgb
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
+    caption_tokens,
+    characters_of,
     load_summary,
     sample_from,
     sha256_hex,
@@ -144,6 +146,7 @@ def read_samples(
     instance_prompt: str = "(no caption)",
     *,
     caption_column: str | None = None,
+    character_names: Sequence[str] = (),
     allow_outside_paths: bool = False,
 ) -> list[Sample]:
     """Return the pictures that a folder's table lists, with what the summary knows of each.
@@ -154,6 +157,7 @@ def read_samples(
         data_dir: a folder with `metadata.jsonl` or other captions, ours or anybody's.
         instance_prompt: the caption of pictures that have none.
         caption_column: of the table, as in the configuration.
+        character_names: who is in a picture if its caption has the name.
         allow_outside_paths: follow links out of the folder.
 
     Raises:
@@ -162,13 +166,15 @@ def read_samples(
     data_dir = paths.resolve(data_dir)
     options: Any = {"caption_column": caption_column, "allow_outside_paths": allow_outside_paths}
     if find_table(data_dir) is None and has_captions(data_dir):
-        return _samples_beside(_listing(data_dir, instance_prompt, **options), data_dir)
+        samples = _samples_beside(_listing(data_dir, instance_prompt, **options), data_dir)
+        return [sample.naming(character_names) for sample in samples]
     images = (load_summary(data_dir) or {}).get("images", [])
     known = {image["file_name"]: image for image in images}
     samples = []
     for row in read_rows(data_dir, instance_prompt, **options):
         sample = sample_from(known.get(row.file_name, {}), data_dir / row.file_name, row.text)
-        samples.append(replace(sample, prompted=row.prompted or sample.prompted))
+        sample = replace(sample, prompted=row.prompted or sample.prompted)
+        samples.append(sample.naming(character_names))
     return samples
 
 
@@ -197,17 +203,19 @@ def _samples_beside(listing: Listing, data_dir: Path) -> list[Sample]:
     ]
 
 
-def describe_as_it_is(data_dir: Path, **options: Any) -> dict[str, Any]:
+def describe_as_it_is(data_dir: Path, tokenizer: Any, **options: Any) -> dict[str, Any]:
     """Return of a folder that nobody prepared what `remarks` are made of.
 
     Args:
         data_dir: as in `read_samples`.
+        tokenizer: as in `prepare`.
         **options: what `reading` returns.
 
     Raises:
         BunnyLoraError: as `ImageDataset`.
     """
     samples = read_samples(data_dir, **options)
+    names = options.pop("character_names")
     listing = _listing(data_dir, **options)
     used = {sample.path.resolve() for sample in samples}
     unused = [
@@ -220,7 +228,9 @@ def describe_as_it_is(data_dir: Path, **options: Any) -> dict[str, Any]:
     return {
         "n_images": len(samples),
         "n_instance_prompt": sum(sample.prompted for sample in samples),
-        "notes": listing.notes,
+        "characters": characters_of(samples),
+        "caption_tokens": caption_tokens(samples, [fitted(s, tokenizer) for s in samples], tokenizer),
+        "notes": [*listing.notes, *unseen(names, samples)],
         "unused": [asdict(item) for item in (*unused, *listing.unused)],
     }
 

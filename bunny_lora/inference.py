@@ -61,7 +61,7 @@ def load_lora_pipeline(
     """
     given = {} if lora_weights_dir is None else lora_weights_dir
     weights = dict(given) if isinstance(given, Mapping) else {given: 1.0}
-    found = {adapters.find_weights(path): weight for path, weight in weights.items()}
+    found = find_loras(weights.items())
     first = next(iter(found), None)
     place = devices.resolve_device(device)
     if dtype is None:
@@ -76,6 +76,23 @@ def load_lora_pipeline(
     pipe = components.pipeline_from(parts, base_model)
     pipe.recommended = recommended(first)
     return pipe
+
+
+def find_loras(named: Iterable[tuple[str | Path, float]]) -> dict[Path, float]:
+    """Return what holds each LoRA (`adapters.find_weights`) and how strongly it counts.
+
+    Raises:
+        BunnyLoraError: there is none, or one is named twice.
+    """
+    found: dict[Path, float] = {}
+    for name, weight in named:
+        path = adapters.find_weights(name)
+        if path.resolve() in {known.resolve() for known in found}:
+            raise BunnyLoraError(
+                f"The LoRA in {path} is named twice; name it once, with the sum of the weights."
+            )
+        found[path] = weight
+    return found
 
 
 def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:
@@ -124,12 +141,19 @@ def recorded_base_model(weights: Path | None) -> str:
     if not name:
         raise BunnyLoraError(f"{weights} does not record the base model it was trained on; {advice}.")
     # Other trainers record the name of a file that only they had.
-    if weights.is_file() and not (components.folder_here(name) or ON_THE_HUB.fullmatch(name)):
+    if weights.is_file() and not (ON_THE_HUB.fullmatch(name) or _is_here(name)):
         raise BunnyLoraError(
             f"{weights} was trained on {name!r}, which is no folder here and no name on the hub;"
             f" {advice}."
         )
     return name
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return components.folder_here(name) is not None
+    except (OSError, RuntimeError):  # no name that a folder can have
+        return False
 
 
 def run_dtype(weights: Path | None, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import Any
 from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths, ranks
+from bunny_lora.core.files import is_inside
 from bunny_lora.data import frames, writing
 from bunny_lora.data.folder import CAPTION_NOT_READ, READ
 from bunny_lora.data.summary import describe, remarks
@@ -17,8 +18,8 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
 SETTINGS = (
-    "source", "min_confidence", "instance_prompt", "caption_column", "allow_outside_paths",
-    "base_model",
+    "source", "min_confidence", "instance_prompt", "caption_column", "character_names",
+    "allow_outside_paths", "base_model",
 )  # fmt: skip
 """What prepared data depend on, `base_model` for its tokenizer."""
 FILM_RECORD = "drawn_by.json"
@@ -37,8 +38,10 @@ def prepare_data(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """
     tokenizer = components.load_tokenizer(config.base_model)
     source = _read(config)
+    before = _refuse_to_mix(source, config)
     _refuse_captionless(describe(source, source.frames, None), config, source.origin)
-    return writing.prepare(source, config.data_path, tokenizer=tokenizer, overwrite=overwrite)
+    summary = writing.prepare(source, config.data_path, tokenizer=tokenizer, overwrite=overwrite)
+    return summary | ({"replaced": before} if before not in ("", summary["source"]) else {})
 
 
 def reading(config: Config) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def reading(config: Config) -> dict[str, Any]:
     return {
         "instance_prompt": config.instance_prompt,
         "caption_column": config.caption_column,
+        "character_names": config.character_names,
         "allow_outside_paths": config.allow_outside_paths,
     }
 
@@ -56,20 +60,27 @@ def check_as_it_is(config: Config) -> list[str]:
     Raises:
         BunnyLoraError: it cannot be read, or has no captions and nobody asked for one for all.
     """
-    about = dataset.describe_as_it_is(config.data_path, **reading(config))
+    tokenizer = components.load_tokenizer(config.base_model)
+    about = dataset.describe_as_it_is(config.data_path, tokenizer, **reading(config))
     _refuse_captionless(about, config, config.data_path)
     return remarks(about)
 
 
 def source_changed(config: Config) -> bool:
-    """Whether `config.source` is there and says something else than when the data was prepared."""
+    """Whether `config.source` is there and says something else than when the data was prepared.
+
+    Raises:
+        BunnyLoraError: the one is the demo's film, the other is not.
+    """
     summary = dataset.load_summary(config.data_path)
     if summary is None:
         return False
     try:
-        return _read(config).digest != summary["input_sha256"]
+        source = _read(config)
     except BunnyLoraError:
         return False  # Gone or moved: what was prepared from it is enough.
+    _refuse_to_mix(source, config)
+    return source.digest != summary["input_sha256"]
 
 
 def _read(config: Config) -> frames.Source:
@@ -80,6 +91,26 @@ def _read(config: Config) -> frames.Source:
         min_confidence=config.min_confidence,
         **reading(config),
     )
+
+
+def _refuse_to_mix(source: frames.Source, config: Config) -> str:
+    """Return what `data_dir` was prepared from, if anything; stop if just one is the demo's film."""
+    film, data_dir = paths.demo_film_dir(), paths.relative(config.data_path)
+    is_film = source.origin.resolve() == film.resolve()
+    if not is_film and is_inside(config.data_path, [film.parent.resolve()]):
+        raise BunnyLoraError(
+            f"data_dir {data_dir} is the demo's, and {source.origin.name} are frames of your own: set"
+            " data_dir to another folder, or take params/cpu.yaml instead of the demo's settings."
+        )
+    summary = dataset.load_summary(config.data_path) if dataset.is_data(config.data_path) else None
+    before = str(summary["source"]) if summary else ""
+    if before and (before == paths.relative(film)) != is_film:
+        raise BunnyLoraError(
+            f"data_dir {data_dir} was prepared from {before}, and the source is now"
+            f" {source.origin.name}. The demo's film and frames of your own are kept apart: set"
+            " data_dir to another folder, or delete this one."
+        )
+    return before
 
 
 def _refuse_captionless(data: Mapping[str, Any], config: Config, folder: Path) -> None:

@@ -47,24 +47,26 @@ def open_config(
     """
     if in_notebook():
         reject_unknown_parameters()
-    path, reason = _choose(config_path, finetuning)
     overrides = copy.deepcopy(dict(finetuning or {}))
     for name, value in named.items():
         if value is not None:
             configuration.set_key(overrides, SHORT_NAMES[name], value)
     for assignment in settings or []:
         configuration.assign(overrides, assignment)
+    path, reason = _choose(config_path, finetuning, overrides)
     config = configuration.load_config(path, overrides)
     print(f"Configuration: {paths.relative(path) if path else 'no file'} ({reason})")
     return config
 
 
-def _choose(config_path: str | Path | None, finetuning: object) -> tuple[Path | None, str]:
+def _choose(
+    config_path: str | Path | None, finetuning: object, overrides: Mapping[str, Any]
+) -> tuple[Path | None, str]:
     if config_path is not None:
         return paths.typed(config_path), "named by you"
     if finetuning is not None:
         return None, "the `finetuning` parameter over the defaults"
-    return paths.choose_params()
+    return paths.choose_params(overrides)
 
 
 def reject_unknown_parameters() -> None:

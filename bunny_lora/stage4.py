@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_folder
 from bunny_lora.core.progress import progress
-from bunny_lora.data.captions import Entry, clean, entry_from_record
+from bunny_lora.data.captions import Entry, clean, entry_from_record, names_said
 from bunny_lora.data.folder import Listing, has_pictures, read_folder
-from bunny_lora.data.frames import Dropped, Sample, Source
+from bunny_lora.data.frames import Dropped, Sample, Source, unseen
 from bunny_lora.data.images import Finder, inspect
 from bunny_lora.data.metadata import _integer, find_table
 from bunny_lora.errors import BunnyLoraError, LeftOutError
@@ -104,6 +105,7 @@ def read_source(
     instance_prompt: str = "",
     allow_outside_paths: bool = False,
     caption_column: str | None = None,
+    character_names: Sequence[str] = (),
 ) -> Source:
     """Read and clean a source; every picture in `frames` has been decoded once and is good.
 
@@ -117,6 +119,7 @@ def read_source(
         allow_outside_paths: read a picture wherever its recorded path leads.
         caption_column: which column of a folder's table holds the captions; None: `text`, or else
             `caption` or `prompt`.
+        character_names: who is in a picture if its caption has the name, beside who is named already.
 
     Raises:
         BunnyLoraError: there is no source, or it cannot be read as a whole.
@@ -137,7 +140,11 @@ def read_source(
         raw, records = _read_list(found)
         numbered = enumerate(records, 1)
         listing = Listing([entry_from_record(record, n, min_confidence) for n, record in numbered])
+        known = (record.get("characters_identified") for record in records if isinstance(record, dict))
+        listing.notes += names_said(known)
     frames, dropped = _look_for(listing.entries, finder)
+    frames = [frame.naming(character_names) for frame in frames]
+    listing.notes += unseen(character_names, frames)
     digest = _digest(raw, frames)
     return Source(folder, kind, frames, dropped, digest, threshold, listing.unused, listing.notes)
 

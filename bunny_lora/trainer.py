@@ -53,7 +53,7 @@ class LoRATrainer:
     ) -> None:
         if config is None:
             if config_path is None:
-                config_path, reason = paths.choose_params()
+                config_path, reason = paths.choose_params(overrides)
                 if ranks.is_main_process():
                     print(f"Configuration: {config_path or 'no file'} ({reason})")
             config = load_config(config_path, overrides)
@@ -118,9 +118,9 @@ class LoRATrainer:
 
     def _train_what_is_left(self, final: Path) -> Iterator[StepRecord]:
         with interrupts.stoppable():
-            commit = components.base_commit(self.config.base_model)
+            identity = components.base_identity(self.config.base_model)
             data = dataset.data_sha256(self.data_dir, **reading(self.config))
-            about = Fingerprint.of(self.config, data, self.group.count, commit)
+            about = Fingerprint.of(self.config, data, self.group.count, identity)
             start, complete = self.group.broadcast_from_main(lambda: self._open(about, final))
             if not complete:
                 self.load(start)

@@ -157,7 +157,7 @@ TENSORS = {
     "bool": "hold bool where numbers should be",
     "complex64": "hold complex64 where numbers should be",
     "float8": "hold float8_e4m3fn where numbers should be",
-    "one shape": "another base model.* of 32 inputs and 3 outputs",
+    "one shape": r"is damaged: the matrices of up_blocks.* are .* and \(3, 3\)",
     **dict.fromkeys(("every shape", "more rank"), "says rank 4 of down_blocks.* have 8"),
     "one too many": r"it holds x \(1 such tensors\)",
     "a base weight": r"it holds conv_in.weight \(1 such tensors\)",

@@ -193,18 +193,41 @@ def test_frames_that_show_one_character_alone_are_preferred():
 def test_data_without_names_has_one_subject(root, tmp_path):
     write_data(tmp_path, {"nobody": "#cc3333"})
     shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
-    changes = {"instance_prompt": "a red ball", "evaluation": {"num_images_per_prompt": 1}}
+    changes = {"instance_prompt": "a caption", "evaluation": {"num_images_per_prompt": 1}}
     config = load_config(root / "outputs" / "run" / "config.yaml", changes)
     result = evaluation.evaluate(
         tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
     )
     assert result.settings.characters == [protocol.SUBJECT]
     assert result.reference.chance_level == 1
-    assert "a red ball, waving" in {picture.prompt for picture in result.images}
+    assert "a caption, waving" in {picture.prompt for picture in result.images}
+
+
+@pytest.mark.parametrize("prompt", ["my toon", "cartoon bunny", ""])
+def test_a_prompt_that_names_nobody_is_never_judged_as_if_it_did(root, tmp_path, prompt):
+    """No caption has the first, the second is what all characters are, the third is none."""
+    data_dir = draw_frames(tmp_path / "mine", 3)
+    shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
+    changes = {"instance_prompt": prompt, "prior_preservation": {"class_prompt": "cartoon bunny"}}
+    config = load_config(root / "outputs" / "run" / "config.yaml", changes)
+    with pytest.raises(BunnyLoraError, match=r"Nobody is named in the training data.*character_names"):
+        evaluation.evaluate(tmp_path / "run", config=config, data_dir=data_dir)
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_names_can_be_told_when_the_training_is_over(root, tmp_path):
+    data_dir = draw_frames(tmp_path / "mine", 3)
+    shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
+    changes = {"character_names": ["Ellie"], "evaluation": {"num_images_per_prompt": 1}}
+    config = load_config(root / "outputs" / "run" / "config.yaml", changes)
+    result = evaluation.evaluate(tmp_path / "run", config=config, data_dir=data_dir)
+    assert result.reference.n_crops == {"ellie": 3}
 
 
 def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
     data_dir = draw_frames(tmp_path / "mine", 3)
+    table = data_dir / "metadata.jsonl"
+    table.write_text(table.read_text().replace("ellie", "my toon"))
     shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
     changes = {"instance_prompt": "my toon", "evaluation": {"num_images_per_prompt": 1}}
     config = load_config(root / "outputs" / "run" / "config.yaml", changes)

@@ -106,6 +106,23 @@ def test_other_tools_find_what_they_show(exported: Path) -> None:
     assert metadata["ss_steps"] == "4" and metadata["ss_num_train_images"] == "6"
 
 
+def test_a_lora_of_stable_diffusion_2_says_so(run_dir: Path, tiny_model: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "sd2", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, change in (
+        ("unet/config.json", {"cross_attention_dim": 1024}),
+        ("text_encoder/config.json", {"hidden_size": 1024}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+    ):
+        path = tmp_path / "sd2" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    lora = {"unet": {"x": Module(torch.ones(1, 2), torch.ones(2, 1), 1.0)}}
+    about = model_card.About.of_run(run_dir / "final", str(tmp_path / "sd2"), lora)
+    told = about.kohya_metadata()
+    assert (told["ss_v2"], told["ss_base_model_version"]) == ("True", "sd_v2_v")
+    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert told["modelspec.prediction_type"] == "v"
+
+
 def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None:
     text = (exported / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

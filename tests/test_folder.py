@@ -2,20 +2,26 @@
 
 import json
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
-from PIL import Image
+from conftest import CHECKOUT, open_image, tiny_config
+from PIL import Image, PngImagePlugin, features
+from PIL.PngImagePlugin import PngInfo
+from test_colours import display_p3
 
 from bunny_lora import dataset
 from bunny_lora.cli import main
+from bunny_lora.config import load_config
+from bunny_lora.data.captions import names_in
 from bunny_lora.data.frames import Source
+from bunny_lora.data.images import inspect, open_rgb, plain_suffix
 from bunny_lora.data.summary import remarks
 from bunny_lora.data.writing import prepare
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.prepare import check_as_it_is, prepare_data
+from bunny_lora.prepare import check_as_it_is, draw_demo_film, prepare_data
 from bunny_lora.stage4 import find_source, read_source
 from bunny_lora.trainer import LoRATrainer
 
@@ -389,9 +395,8 @@ def test_pictures_that_a_table_does_not_list_are_told_about(folder, tiny_model):
     fill(folder, a="", b="phil")
     jsonl(folder, {"file_name": "a.png", "text": "rex"})
     assert as_it_is(folder) == {"a.png": "rex"}
-    assert check_as_it_is(tiny_config(tiny_model, data_dir="mine")) == [
-        "not used: b.png: a picture that the table does not list"
-    ]
+    config = tiny_config(tiny_model, data_dir="mine", character_names=["rex"])
+    assert check_as_it_is(config) == ["not used: b.png: a picture that the table does not list"]
 
 
 def test_one_caption_for_all_of_a_folder_as_it_is_is_asked_about(folder, tiny_model):
@@ -410,3 +415,226 @@ def test_the_hash_of_a_folder_as_it_is_follows_captions_and_pictures(folder):
     second = dataset.data_sha256(folder)
     Image.new("RGB", (48, 40)).save(folder / "a.png")
     assert len({first, second, dataset.data_sha256(folder)}) == 3
+
+
+# --- the demo and somebody's own frames
+
+
+@pytest.fixture
+def checkout(project: Path) -> Path:
+    for name in ("cpu", "demo"):
+        shutil.copy(CHECKOUT / "params" / f"{name}.yaml", project / "params")
+    return project
+
+
+@pytest.mark.parametrize("how", [["--source", "mine"], ["--set", "source=mine"]])
+def test_a_named_source_goes_into_a_folder_of_its_own(folder, checkout, capsys, how):
+    fill(folder, a="rex, waving")
+    assert main(["prepare", *how, "--set", "base_model=random-tiny"]) == 0
+    assert "params/cpu.yaml (you named a source of your own)" in capsys.readouterr().out
+    assert (checkout / "training_data" / "instance_images" / "a.png").is_file()
+    assert not (checkout / "outputs" / "demo").exists()
+
+
+@pytest.mark.parametrize("first", ["mine", "bunny-world"])
+def test_the_demos_film_and_ones_own_frames_never_replace_each_other(folder, tiny_model, first):
+    fill(folder, a="rex, waving")
+    draw_demo_film()
+    configs = {name: tiny_config(tiny_model, source=name) for name in ("mine", "bunny-world")}
+    prepare_data(configs.pop(first))
+    (other,) = configs.values()
+    before = sorted(path.name for path in other.data_path.iterdir())
+    for step in (prepare_data, lambda config: LoRATrainer(config=config).prepare_data()):
+        with pytest.raises(BunnyLoraError, match="kept apart: set data_dir"):
+            step(other)
+    assert sorted(path.name for path in other.data_path.iterdir()) == before
+
+
+def test_ones_own_frames_never_go_into_the_demos_folder(folder, checkout):
+    fill(folder, a="rex, waving")
+    config = load_config("params/demo.yaml", {"source": "mine", "base_model": "random-tiny"})
+    with pytest.raises(BunnyLoraError, match=r"outputs/demo/.* is the demo's.*params/cpu.yaml"):
+        prepare_data(config)
+    assert not config.data_path.exists()
+
+
+def test_another_source_that_replaces_the_first_is_said(folder, project, tiny_model):
+    fill(folder, a="rex, waving")
+    fill(project / "other", b="rex, running")
+    config = tiny_config(tiny_model, source="other", character_names=["rex"])
+    prepare_data(tiny_config(tiny_model, source="mine"))
+    assert remarks(prepare_data(config)) == ["This replaces what was prepared from mine"]
+    assert remarks(prepare_data(config)) == []
+
+
+# --- who is who
+
+
+def run_of(project: Path, *known: object, caption: str = "a small grey bunny in a meadow") -> Path:
+    run = project / "outputs" / "film"
+    (run / "llm_analysis").mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, names in enumerate(known):
+        draw(run / f"{number}.png")
+        record = {"frame_path": f"{number}.png", "sd_caption": caption, "confidence": 1}
+        records.append(record | {"characters_identified": names})
+    (run / "llm_analysis" / "llm_analysis.json").write_text(json.dumps(records))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["none"], ()),
+        (["unknown"], ()),
+        ("None", ()),
+        (["N/A", "-", "?"], ()),
+        (["No named characters", "unidentified bunny"], ()),
+        (["ellie and rex"], ("ellie", "rex")),
+        ("Ellie, Rex and Phil", ("ellie", "rex", "phil")),
+        (["ellie & rex", "Rex"], ("ellie", "rex")),
+        (["andy", "noone's cat", "nonna", "🦖"], ("andy", "noone's cat", "nonna", "🦖")),
+    ],
+)
+def test_what_is_no_name_is_none_and_what_is_two_is_two(project, given, names):
+    (frame,) = read_source(run_of(project, given)).frames
+    assert frame.characters == names
+
+
+def test_what_was_taken_for_no_name_is_said(project):
+    source = read_source(run_of(project, ["none"], ["none", "ellie and rex"], ["ellie"], None))
+    assert source.notes == [
+        "characters_identified: no names: 'none' (2)",
+        "characters_identified: several names in one: 'ellie and rex' (1)",
+    ]
+
+
+def test_data_in_which_nobody_is_named_say_so_until_the_key_names_them(folder, tiny_model):
+    fill(folder, a="Zorblax the fox, waving", b="a trexed fox", c="zorblax and rex")
+    (line,) = remarks(prepare_data(tiny_config(tiny_model, source="mine")))
+    assert line.startswith("nobody is named in these data") and "character_names" in line
+    names = ["zorblax", "Rex", "mimi"]
+    summary = prepare_data(tiny_config(tiny_model, source="mine", character_names=names))
+    assert summary["characters"] == {"rex": 1, "zorblax": 2}
+    assert remarks(summary)[0] == "character_names: no caption has 'mimi'"
+    assert [image["characters"] for image in summary["images"]] == [["zorblax"], [], ["zorblax", "rex"]]
+
+
+def test_the_key_names_characters_of_stage_4_and_of_a_folder_as_it_is(folder, project, tiny_model):
+    run = run_of(project, [], ["phil"], caption="rex, a small grey bunny")
+    frames = read_source(run, character_names=["rex"]).frames
+    assert [frame.characters for frame in frames] == [("rex",), ("phil", "rex")]
+    fill(folder, a="rex, waving")
+    assert dataset.read_samples(folder, character_names=["rex"])[0].characters == ("rex",)
+    config = tiny_config(tiny_model, data_dir="mine")
+    assert check_as_it_is(config)[0].startswith("nobody is named")
+    assert check_as_it_is(tiny_config(tiny_model, data_dir="mine", character_names=["rex"])) == []
+
+
+@pytest.mark.parametrize(
+    "caption", ["森の中のエリー", "エリーが走る", "엘리가 걷다 エリー", "café エリー"]
+)
+def test_names_are_found_in_scripts_that_do_not_part_their_words(caption):
+    assert names_in(caption, ["エリー"]) and not names_in("a trex", ["rex"])
+    assert names_in(unicodedata.normalize("NFC", f"{caption} rex"), ["rex"])
+
+
+# --- pictures of every kind
+
+
+@pytest.mark.parametrize(
+    "ending", ["jpg", "jpeg", "JPEG", "jpe", "jfif", "jif", "jfi", "pjpeg", "pjp", "mpo"]
+)
+def test_a_jpeg_is_read_and_copied_under_every_ending(folder, project, ending):
+    path = draw(folder / f"a.{ending}", "JPEG")
+    (folder / "a.txt").write_text("rex")
+    (image,) = prepare(read_source(folder), project / "data" / "images")["images"]
+    assert image["file_name"].lower() in ("a.jpg", "a.jpeg")
+    assert (project / "data" / "images" / image["file_name"]).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read(folder, project):
+    draw(folder / "a.avif")
+    (image,) = prepare(read_source(folder, instance_prompt="rex"), project / "d" / "i")["images"]
+    assert image["file_name"] == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "HEIC"),
+        (b"\xff\x0a\0\0", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n", "JPEG XL"),
+    ],
+)
+def test_a_phones_picture_under_a_false_name_is_told_apart_from_a_broken_one(folder, start, kind):
+    (folder / "a.jpg").write_bytes(start + bytes(64))
+    (item,) = read_source(folder, instance_prompt="rex").dropped
+    advice = f"a.jpg is {kind}; save it as PNG or JPEG, whatever its ending says"
+    assert item.reason == f"format not read: {advice}"
+
+
+def chunks(place: str) -> dict[str, PngInfo | bytes]:
+    info = PngInfo()
+    if place == "zTXt":
+        info.add_text("workflow", "x" * (2 << 20), zip=True)
+    elif place == "iTXt":
+        info.add_itxt("workflow", "x" * (2 << 20), zip=True)
+    elif place == "tEXt":
+        for number in range(3):
+            info.add_text(f"history {number}", "x" * (24 << 20))
+    return {"pnginfo": info}
+
+
+@pytest.mark.parametrize("place", ["zTXt", "iTXt", "tEXt"])
+def test_a_png_with_a_huge_text_is_read_and_written_without_it(folder, project, place):
+    picture = Image.new("RGB", (48, 40), (10, 200, 30))
+    picture.save(folder / "a.png", **chunks(place))
+    with pytest.raises(ValueError, match=r"Decompressed data too large|Too much memory"):
+        Image.open(folder / "a.png").load()
+    prepare(read_source(folder, instance_prompt="rex"), project / "data" / "images")
+    written = open_image(project / "data" / "images" / "a.png")
+    assert written.tobytes() == picture.tobytes() and not written.info
+    jsonl(folder, {"file_name": "a.png", "text": "rex"})
+    assert dataset.ImageDataset(folder, resolution=32, center_crop=True)[0].shape == (3, 32, 32)
+
+
+def test_a_png_with_a_huge_profile_keeps_its_colours(folder, monkeypatch):
+    picture = Image.new("RGB", (48, 40), (100, 150, 200))
+    picture.save(folder / "a.png", icc_profile=display_p3())
+    expected = open_rgb(folder / "a.png").tobytes()
+    assert expected != picture.tobytes()
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 16)
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(folder / "a.png")
+    assert open_rgb(folder / "a.png").tobytes() == expected
+    assert inspect(folder / "a.png") == (48, 40) and plain_suffix(folder / "a.png") is None
+
+
+# --- text beyond the encoder's limit
+
+
+LONG = "walking through a wide forest " * 30
+
+
+@pytest.mark.parametrize("place", ["source", "data_dir"])
+def test_what_of_captions_is_cut_is_said_with_the_names_in_it(folder, tiny_model, place):
+    def said(*names: str) -> str:
+        config = tiny_config(tiny_model, character_names=list(names), **{place: "mine"})
+        lines = remarks(prepare_data(config)) if place == "source" else check_as_it_is(config)
+        return next((line for line in lines if "tokens" in line), "")
+
+    fill(folder, a="rex, walking")
+    assert said("rex") == ""
+    fill(folder, b=LONG + "rex", c=f"{LONG} phil")
+    assert re.fullmatch(
+        r"2 of 3 captions are longer than the 77 tokens that the text encoder reads: of the longest,"
+        r" the last \d+ are lost; no name is, since in 2 they were put in front",
+        said("rex", "phil"),
+    )
+    assert said().endswith("are lost, and maybe a name")
+    crowd = [f"somebody called number {number}" for number in range(40)]
+    fill(folder, d=", ".join(crowd))
+    assert re.search(r"and in some a name: .*'somebody called number 39'", said("rex", *crowd))

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from bunny_lora.config import Config
 from bunny_lora.core.values import split_revision
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import random_models
+from bunny_lora.model.hub import download
 from bunny_lora.training import fingerprint
 from bunny_lora.training.fingerprint import Fingerprint, mathematical_differences
 
@@ -221,3 +223,12 @@ def test_another_commit_of_the_base_model_is_another_run_and_older_runs_go_on() 
     assert "base model's commit: a before, b now" in mathematical_differences(first, second)[0]
     pinned = fingerprint.settings_of(Config(base_model="owner/name@v1"))
     assert pinned == fingerprint.settings_of(Config(base_model="owner/name"))
+
+
+def test_without_a_home_folder_nothing_is_fetched_into_a_folder_called_tilde(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(BunnyLoraError, match=r"no home folder.*HF_HOME"):
+        download("owner/name")
+    assert not list(project.glob("~*"))

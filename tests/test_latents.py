@@ -33,13 +33,16 @@ def encode(vae: AutoencoderKL, folder: Path, **options: object) -> latents.Encod
 
 
 def moments(encoded: latents.EncodedImages) -> list[torch.Tensor]:
-    return [view.moments for views in encoded.views for view in views]
+    return [view.latent_dist for views in encoded.views for view in views]
 
 
 def without_noise(encoded: latents.EncodedImages) -> latents.EncodedImages:
     """Sampling from these latents gives their means."""
     views = [
-        [replace(v, moments=torch.stack([v.moments[0], torch.zeros_like(v.moments[1])])) for v in image]
+        [
+            replace(v, latent_dist=torch.stack([v.latent_dist[0], torch.zeros_like(v.latent_dist[1])]))
+            for v in image
+        ]
         for image in encoded.views
     ]
     return replace(encoded, views=views)
@@ -54,7 +57,7 @@ def test_latents_are_what_the_vae_says(vae: AutoencoderKL, folder: Path) -> None
     encoded = encode(vae, folder)
     pixels = ImageDataset(folder, resolution=32, center_crop=True)[2][None]
     expected = vae.encode(pixels).latent_dist
-    mean, std = encoded.views[2][0].moments
+    mean, std = encoded.views[2][0].latent_dist
     torch.testing.assert_close(mean, expected.mean[0] * vae.config.scaling_factor)
     torch.testing.assert_close(std, expected.std[0] * vae.config.scaling_factor)
 
@@ -134,7 +137,7 @@ def test_random_flip_draws_both_mirror_images(vae: AutoencoderKL, folder: Path) 
     assert all(len(views) == 2 for views in encoded.views)
     pixels = ImageDataset(folder, resolution=32, center_crop=True)[0].flip(-1)[None]
     mirrored = vae.encode(pixels).latent_dist.mean[0] * vae.config.scaling_factor
-    torch.testing.assert_close(encoded.views[0][1].moments[0], mirrored)
+    torch.testing.assert_close(encoded.views[0][1].latent_dist[0], mirrored)
 
 
 def test_without_centre_crop_the_whole_frame_is_seen(vae: AutoencoderKL, folder: Path) -> None:
@@ -178,10 +181,11 @@ def test_a_square_of_a_frame_holds_all_faces_or_one(vae: AutoencoderKL, folder: 
         for index, places in ((0, {3}), (1, {0, 3}), (2, {1, 2})):
             view = encoded.views[index][int(mirrored)]
             drawn = {
-                encoded._crop(view.moments[0], view.faces, luck(i)).numpy().tobytes() for i in range(40)
+                encoded._crop(view.latent_dist[0], view.faces, rng(i)).numpy().tobytes()
+                for i in range(40)
             }
             left = {3 - place if mirrored else place for place in places}
-            assert drawn == {view.moments[0][:, :, x : x + 4].numpy().tobytes() for x in left}
+            assert drawn == {view.latent_dist[0][:, :, x : x + 4].numpy().tobytes() for x in left}
 
 
 def test_latents_that_an_older_version_cached_are_found_again(folder: Path) -> None:
@@ -200,7 +204,7 @@ def test_latents_that_an_older_version_cached_are_found_again(folder: Path) -> N
     assert latents._key(vae, images, views) == "9a0076da150174c0ef0052f0fb49df56"
 
 
-def luck(seed: int) -> torch.Generator:
+def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -220,7 +224,7 @@ def test_zooming_shows_the_only_face_from_near(vae: AutoencoderKL, folder: Path)
         (near + 1) * 127.5, torch.tensor(np.array(by_hand)).permute(2, 0, 1).float()
     )
     expected = vae.encode(near[None]).latent_dist.mean[0] * vae.config.scaling_factor
-    torch.testing.assert_close(encoded.views[0][1].moments[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoded.views[0][1].latent_dist[0], expected, rtol=1e-4, atol=1e-4)
     plain = encode(vae, folder, center_crop=False)
     assert [len(views) for views in plain.views] == [1] * N_IMAGES
 

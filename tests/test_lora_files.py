@@ -421,6 +421,16 @@ def test_pefts_weights_without_their_configuration_have_no_strength(
         as_ours(path, pipe)
 
 
+def test_a_lora_named_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    made(tmp_path / "run", "final/unet/")
+    twice = [("run", 0.5), ("run/final", 0.3)]
+    with pytest.raises(BunnyLoraError, match="final is named twice; name it once"):
+        inference.find_loras((tmp_path / name, weight) for name, weight in twice)
+    named = [word for name, w in twice for word in ("--lora-weights", f"{tmp_path / name}={w}")]
+    assert main(["generate", *named, "--prompt", "ellie"]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------- the base model
 
 
@@ -441,6 +451,8 @@ def test_a_kohya_file_is_drawn_with_the_base_model_that_it_records(
             r"'v1-5-pruned\.safetensors', which is no folder here",
         ),
         ("C:/models/anime/v1.ckpt", "is no folder here and no name on the hub"),
+        ("~nobody-of-this-name/sd", "is no folder here and no name on the hub"),
+        ("x" * 5000, "is no folder here and no name on the hub"),
         (None, r"style\.safetensors does not record the base model"),
     ],
 )

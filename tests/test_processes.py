@@ -152,6 +152,7 @@ def test_evaluation_and_batches_are_shared_and_come_out_the_same(
     tiny_model: str, data: Path, project: Path
 ) -> None:
     config = config_of(tiny_model, "run", validation_prompt=[])
+    config = config.model_copy(update={"character_names": ["ellie"]})
     path = written(config, project)
     LoRATrainer(config=config).train()
     prompts = project / "prompts.txt"

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ import pytest
 
 from bunny_lora.core import lock
 from bunny_lora.errors import BunnyLoraError
+
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP]
 
 HOLDER = """
 import sys, time
@@ -60,4 +64,40 @@ def test_two_calls_in_one_process_exclude_each_other(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(BunnyLoraError, match="Nothing was changed"), lock.acquire(tmp_path / "taken"):
+        pass
+
+
+@pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that answers every lock as some mounts do."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_on_a_disk_without_locks_a_run_goes_on_and_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock.acquire(tmp_path / "run"):
+        (tmp_path / "run" / "log.jsonl").touch()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "disk without locks" in said and "another computer" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_second_writer_on_the_same_computer_is_refused_there_too_and_a_killed_one_is_not_feared(
+    tmp_path: Path,
+) -> None:
+    process = holder(tmp_path / "run")
+    with pytest.raises(BunnyLoraError, match=f"process {process.pid}"), lock.acquire(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / ".lock").is_file()
+    process.kill()
+    process.wait()
+    with lock.acquire(tmp_path / "run"):
         pass

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 
 import bunny_lora
+from bunny_lora.cli import main
+from bunny_lora.config import validate
 from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
 
@@ -50,6 +53,38 @@ def outside(project, checkout, tmp_path, monkeypatch) -> Path:
 def test_the_environment_variable_names_the_root(outside, project, monkeypatch):
     monkeypatch.setenv("BUNNY_LORA_ROOT", os.path.relpath(project))
     assert paths.project_root() == project
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A process of a user that the system does not know, as in some containers."""
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(who):
+        raise KeyError(who)
+
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for function in ("getpwuid", "getpwnam"):
+        monkeypatch.setattr(pwd, function, unknown)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_no_home_folder_is_needed(project, tmp_path):
+    assert validate({"base_model": "/models/sd"}).base_model == "/models/sd"
+    assert paths.relative(tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    assert paths.relative(project / "here") == "here"
+
+
+@pytest.mark.usefixtures("homeless")
+@pytest.mark.parametrize("path", ["~/lora.safetensors", "~stranger/lora.safetensors"])
+def test_a_path_in_a_home_folder_that_nobody_knows_is_one_message(project, capsys, path):
+    assert main(["export", "--lora-weights", path, "--out", "here"]) == 2
+    assert main(["generate", "--lora-weights", path, "--prompt", "x"]) == 2
+    with pytest.raises(BunnyLoraError, match=r"base_model.*home folder"):
+        validate({"base_model": path})
+    assert capsys.readouterr().err.count("does not know: write the path in full") == 2
+    assert not list(project.glob("~*"))
 
 
 def test_a_host_pipelines_working_folder_is_the_root(outside, project, monkeypatch):
@@ -158,6 +193,37 @@ def test_prepared_data_counts_as_the_users_frames(params, project):
     assert paths.choose_params()[0] == params / "demo.yaml"
     (prepared / "metadata.jsonl").touch()
     assert paths.choose_params()[0] == params / "cpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("named", "name"),
+    [
+        ({"source": "my_pictures"}, "cpu"),
+        ({"source": "auto"}, "demo"),
+        ({"source": "bunny-world"}, "demo"),
+        ({"data_dir": "my_pictures"}, "cpu"),
+        ({"data_dir": "not_there_yet"}, "demo"),
+    ],
+)
+def test_frames_of_ones_own_that_are_named_never_meet_the_demos_settings(params, project, named, name):
+    (project / "my_pictures").mkdir()
+    (project / "my_pictures" / "a.png").touch()
+    assert paths.choose_params(named)[0] == params / f"{name}.yaml"
+
+
+def test_the_demos_film_that_is_named_never_meets_the_settings_of_ones_own_frames(params, project):
+    analysis(project / "outputs" / "my_film")
+    assert paths.choose_params()[0] == params / "cpu.yaml"
+    assert paths.choose_params({"source": "bunny-world"})[0] == params / "demo.yaml"
+
+
+def test_the_demos_film_prepared_elsewhere_is_not_ones_own(params, project):
+    data_dir = project / "training_data" / "instance_images"
+    data_dir.mkdir(parents=True)
+    (data_dir / "metadata.jsonl").touch()
+    files.write_json(data_dir.parent / "data_summary.json", {"source": "outputs/demo/film"})
+    assert not paths.has_user_data()
+    assert paths.choose_params({"data_dir": str(data_dir)})[0] == params / "demo.yaml"
 
 
 def test_a_host_config_in_the_working_folder_wins_over_found_frames(params, project):
@@ -307,6 +373,60 @@ def test_a_full_disk_is_recognised_whoever_reports_it(tmp_path, error):
     with pytest.raises(BunnyLoraError, match="untouched"), files.atomic_path(tmp_path / "a"):
         raise error
     assert not leftovers(tmp_path)
+
+
+def refuse_folders(monkeypatch, number):
+    """Have fsync answer for folders as some network and shared mounts do."""
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
+def test_a_mount_that_flushes_no_folders_is_written_all_the_same(tmp_path, monkeypatch, number):
+    refuse_folders(monkeypatch, number)
+    files.write_text(tmp_path / "a.txt", "new")
+    with files.atomic_path(tmp_path / "run") as part:
+        (part / "deep").mkdir(parents=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "deep", "run"]
+
+
+def test_nothing_is_called_untouched_after_it_was_replaced(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "a.txt", "old")
+    refuse_folders(monkeypatch, errno.EIO)
+    with pytest.raises(BunnyLoraError, match="The new one is there") as caught:
+        files.write_text(tmp_path / "a.txt", "new")
+    assert "untouched" not in str(caught.value)
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_nothing_is_called_untouched_while_it_is_out_of_its_place(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    rename = Path.rename
+
+    def only_away(path, target):
+        if target == tmp_path / "run":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", only_away)
+        patch.setattr(Path, "replace", only_away)
+        with (
+            pytest.raises(BunnyLoraError, match="stepped aside") as caught,
+            files.atomic_path(tmp_path / "run") as part,
+        ):
+            part.mkdir()
+            (part / "new").touch()
+    assert "untouched" not in str(caught.value) and not (tmp_path / "run").exists()
+    monkeypatch.setattr(files, "is_alive", lambda *_: False)
+    files.recover(tmp_path)
+    assert (tmp_path / "run" / "new").is_file() and not leftovers(tmp_path)
 
 
 KILLED = """

@@ -50,6 +50,7 @@ def test_no_token_user_name_or_home_path_in_any_file_of_a_run(home, capfd):
     config = tiny_config(
         str(home / "models" / "sd"),
         source=str(frames),
+        character_names=["ellie"],
         output_dir=str(project / "outputs" / "mine"),
         data_dir=str(project / "data" / "images"),
         training={"max_train_steps": 2, "save_steps": 1, "validation_prompt": "ellie"},

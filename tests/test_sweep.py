@@ -21,7 +21,9 @@ def file(project: Path, tiny_model: str) -> Path:
     draw_frames(project / "pictures", 4)
     one_step = {"max_train_steps": 1, "gradient_accumulation_steps": 1}
     quick = {"training": one_step, "evaluation": {"num_images_per_prompt": 1}}
-    config = tiny_config(tiny_model, **merge({"source": "pictures"}, quick))
+    config = tiny_config(
+        tiny_model, **merge({"source": "pictures", "character_names": ["ellie"]}, quick)
+    )
     (project / "params" / "base.yaml").write_text(config.to_yaml())
     path = project / "sweep.yaml"
     path.write_text("config: params/base.yaml\noutput_dir: sweeps/a\ngrid:\n  lora.rank: [1, 2]\n")

@@ -1,6 +1,7 @@
 import errno
 import json
 from collections import Counter
+from dataclasses import asdict
 from hashlib import sha256
 from itertools import pairwise
 
@@ -8,8 +9,17 @@ import numpy as np
 import pytest
 from conftest import open_image
 
+from bunny_lora.cli import main
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.world.attributes import HEROES, PLACES
+from bunny_lora.world.attributes import (
+    BARE_CHEST,
+    EARS_OF,
+    HERO_FURS,
+    HEROES,
+    PLACES,
+    REGULARS,
+    fresh_heroes,
+)
 from bunny_lora.world.film import heldout_frames, write_film
 
 KEYS = {
@@ -125,6 +135,41 @@ def test_detections_lie_on_the_faces(film):
             assert min(np.abs(box - face).max() for face in faces) <= 2
             n_found += 1
     assert n_found > 65
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fresh_heroes_are_new_to_the_models_and_unlike_the_demos(seed):
+    cast = fresh_heroes(seed)
+    assert cast == fresh_heroes(seed) != fresh_heroes(seed + 1)
+    assert len(cast) == 4 and not set(cast) & ({*HEROES} | {*REGULARS.values()})
+    looks = {(traits.species, traits.fur) for traits in cast.values()}
+    assert not looks & {(traits.species, traits.fur) for traits in HEROES.values()}
+    for name in ("species", "fur", "eyes", "outfit", "mark"):
+        assert len({getattr(traits, name) for traits in cast.values()}) == 4
+    for traits in cast.values():
+        assert traits.fur in HERO_FURS and traits.ear in EARS_OF[traits.species]
+        assert traits.outfit in BARE_CHEST and "none" not in (traits.outfit, traits.mark)
+        assert type(traits.species) is str and type(traits.mark) is str
+
+
+def test_a_film_can_have_any_heroes(tmp_path, capsys):
+    cast = fresh_heroes(1)
+    film = write_film(tmp_path / "film", n_frames=12, size=(128, 72), heroes=cast)
+    people = [c for frame in truth_of(film) for c in frame["characters"] if c["name"]]
+    assert {person["name"] for person in people} == set(cast)
+    assert all(person["traits"] == asdict(cast[person["name"]]) for person in people)
+    assert heldout_frames(next(iter(cast)), 1, heroes=cast)[0].picture.characters[0].traits in (
+        cast.values()
+    )
+    pair = dict(list(cast.items())[:1])
+    alone = write_film(tmp_path / "alone", n_frames=3, size=(128, 72), heroes=pair)
+    assert {n for record in records_of(alone) for n in record["characters_identified"]} == set(pair)
+    with pytest.raises(BunnyLoraError, match="at least one hero"):
+        write_film(tmp_path / "nobody", heroes={})
+    command = ["world", "film", "--out", str(tmp_path / "again"), "--frames", "4"]
+    assert main([*command, "--fresh-heroes", "1"]) == 0
+    assert {n for record in records_of(tmp_path / "again") for n in record["characters_identified"]}
+    assert "again" in capsys.readouterr().out
 
 
 def test_refuses_a_folder_that_is_in_use(tmp_path):

@@ -18,6 +18,11 @@ import psutil
 
 from bunny_lora.errors import BunnyLoraError
 
+OLD = ".old"
+# What mounts answer that flush when they like: network and shared folders, FUSE; EACCES: a folder that
+# may be written and not read.
+NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM}
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -31,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             an image that cannot be read for one, pass through as they are.
     """
     path = path.absolute()
-    temporary = None
+    temporary, state = None, "What was there before is untouched"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name}.{os.getpid()}."  # `recover` must know whose it was.
@@ -39,12 +44,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary / path.name
         _flush(temporary / path.name)
         _swap(temporary / path.name, path)
+        state = "The new one is there, but a power cut could undo that"
+        _fsync(path.parent)
     except Exception as error:
         refusal = _refusal(error)
         if refusal is None or not _is_about(path.parent, refusal):
             raise
+        if temporary is not None and (temporary / OLD).exists():
+            state = "What was there before has stepped aside, and the next start puts one of both back"
         raise BunnyLoraError(
-            f"Could not write {path}: {refusal.strerror}. What was there before is untouched;"
+            f"Could not write {path}: {refusal.strerror}. {state};"
             " free some space or choose another folder, then run the same command again."
         ) from refusal
     finally:
@@ -89,14 +98,14 @@ def recover(folder: Path) -> None:
     """Settle what writers that were killed have left in `folder` and below."""
     for temporary in sorted(folder.rglob(".*.tmp")):
         named = re.fullmatch(r"\.(.+)\.(\d+)\.[^.]+\.tmp", temporary.name)
-        if named and temporary.is_dir() and not _is_alive(int(named[2]), temporary):
+        if named and temporary.is_dir() and not is_alive(int(named[2]), temporary):
             _settle(temporary, temporary.with_name(named[1]))
 
 
-def _is_alive(process: int, temporary: Path) -> bool:
-    """Whether the process that made `temporary` still runs; numbers are given again after its end."""
+def is_alive(process: int, made: Path) -> bool:
+    """Whether the process that made a file or folder runs; numbers are given again after its end."""
     try:
-        return psutil.Process(process).create_time() <= temporary.stat().st_mtime + 1
+        return psutil.Process(process).create_time() <= made.stat().st_mtime + 1
     except (psutil.NoSuchProcess, FileNotFoundError):
         return False
     except psutil.AccessDenied:
@@ -105,7 +114,7 @@ def _is_alive(process: int, temporary: Path) -> bool:
 
 def _settle(temporary: Path, path: Path) -> None:
     """Finish a replacement that was cut off between its two renames, then remove what is left."""
-    old, part = temporary / ".old", temporary / path.name
+    old, part = temporary / OLD, temporary / path.name
     try:
         if old.exists() and not path.exists():
             (part if part.exists() else old).rename(path)
@@ -119,26 +128,30 @@ def _swap(part: Path, path: Path) -> None:
 
     A process killed between the two renames leaves both in the temporary folder, for `recover`.
     """
-    old = part.parent / ".old"
+    old = part.parent / OLD
     if path.is_dir():
         path.rename(old)
     try:
         part.replace(path)
     except OSError:
         if old.exists():
-            old.rename(path)
+            with contextlib.suppress(OSError):
+                old.rename(path)
         raise
-    _fsync(path.parent)
 
 
 def _fsync(path: Path) -> None:
     if os.name != "posix":  # Windows opens no folders, and flushes renames by itself.
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
 
 
 def _flush(path: Path) -> None:

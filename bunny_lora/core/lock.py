@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
 import platform
 import time
@@ -11,11 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
-from bunny_lora.core import paths
+from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 
 LOCK = ".lock"
+# What mounts without locks answer, network disks most of all.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class Writer(BaseModel):
+    """What the file says: who writes."""
+
+    process: int
+    computer: str
+    since: str
 
 
 @contextlib.contextmanager
@@ -24,7 +35,7 @@ def acquire(run_dir: Path) -> Iterator[None]:
 
     The file says who writes; what locks is the system, so the file of a process that was killed locks
     nobody out. It is removed before the lock is given back: who has opened it by then sees that it has
-    no name any more, and begins anew.
+    no name any more, and begins anew. On a disk without locks, what the file says has to do.
 
     Raises:
         BunnyLoraError: somebody else writes there, or the folder cannot be written.
@@ -32,18 +43,18 @@ def acquire(run_dir: Path) -> Iterator[None]:
     path = run_dir / LOCK
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)
         lock.acquire()
     except Timeout:
-        raise BunnyLoraError(
-            f"{paths.relative(run_dir)} is being written by {_writer(path)}. One run folder has one"
-            " writer: wait for it, stop it, or set output_dir to another folder."
-        ) from None
+        raise _taken(path) from None
     except OSError as error:
-        raise BunnyLoraError(
-            f"Could not write in {run_dir}: {error.strerror}. Nothing was changed; make the folder"
-            " writable or choose another one with output_dir."
-        ) from error
+        if error.errno in NO_LOCKS:
+            _go_on_without(path, error)
+        else:
+            raise BunnyLoraError(
+                f"Could not write in {run_dir}: {error.strerror}. Nothing was changed; make the folder"
+                " writable or choose another one with output_dir."
+            ) from error
     try:
         _sign(path)
         yield
@@ -56,15 +67,34 @@ def acquire(run_dir: Path) -> Iterator[None]:
 
 
 def _sign(path: Path) -> None:
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    writer = {"process": os.getpid(), "computer": platform.node(), "since": started}
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    writer = Writer(process=os.getpid(), computer=platform.node(), since=since)
     with contextlib.suppress(OSError):  # A full disk is found where something is lost by it.
-        path.write_text(json.dumps(writer) + "\n", encoding="utf-8")
+        path.write_text(writer.model_dump_json() + "\n", encoding="utf-8")
 
 
-def _writer(path: Path) -> str:
+def _signed(path: Path) -> Writer | None:
     try:
-        writer = json.loads(path.read_text(encoding="utf-8"))
-        return "process {process} on {computer}, since {since}".format(**writer)
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        return Writer.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _taken(path: Path) -> BunnyLoraError:
+    by = _signed(path)
+    writer = f"process {by.process} on {by.computer}, since {by.since}" if by else "another process"
+    return BunnyLoraError(
+        f"{paths.relative(path.parent)} is being written by {writer}. One run folder has one"
+        " writer: wait for it, stop it, or set output_dir to another folder."
+    )
+
+
+def _go_on_without(path: Path, error: OSError) -> None:
+    """Say that the disk has no locks, and refuse if a process of this computer writes there."""
+    by = _signed(path)
+    if by and by.computer == platform.node() and files.is_alive(by.process, path):
+        raise _taken(path) from None
+    print(
+        f"{paths.relative(path.parent)} is on a disk without locks ({error.strerror}): if another"
+        " computer writes there too, nobody will notice."
+    )

@@ -7,8 +7,13 @@ files.
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from bunny_lora.errors import BunnyLoraError
 
 PACKAGE_DIR = Path(__file__).resolve().parents[1]
 
@@ -51,21 +56,43 @@ def project_root() -> Path:
     return cwd
 
 
+def home() -> Path | None:
+    """Return the user's home folder; None where the system knows none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with a leading `~` or `~name` put in words.
+
+    Raises:
+        BunnyLoraError: nobody knows that home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BunnyLoraError(
+            f"{path} starts with a home folder that this system does not know: write the path in full."
+        ) from None
+
+
 def resolve(path: str | Path) -> Path:
     """Return `path` as it is if absolute, else under the project root."""
-    return project_root() / Path(path).expanduser()
+    return project_root() / expanded(path)
 
 
 def typed(path: str | Path) -> Path:
     """Return what a path typed in a shell names: from the working folder, else the project root."""
-    here = Path(path).expanduser().absolute()
+    here = expanded(path).absolute()
     at_root = resolve(path)
     return at_root if at_root.exists() and not here.exists() else here
 
 
 def new(path: str | Path) -> Path:
     """Return what a path typed in a shell names that is to be written: from the working folder."""
-    return Path(path).expanduser().absolute()
+    return expanded(path).absolute()
 
 
 def typed_or_name(text: str) -> str:
@@ -79,7 +106,8 @@ def relative(path: Path) -> str:
     try:
         return path.resolve().relative_to(project_root()).as_posix()
     except ValueError:
-        return path.name if path.is_relative_to(Path.home()) else str(path)
+        at_home = (folder := home()) and path.is_relative_to(folder)
+        return path.name if at_home else str(path)
 
 
 def demo_film_dir() -> Path:
@@ -90,21 +118,42 @@ def demo_film_dir() -> Path:
 def has_user_data() -> bool:
     """Whether the user has a stage-4 run or prepared data of their own (the demo's never counts)."""
     root = project_root()
-    prepared = root / "training_data" / "instance_images" / "metadata.jsonl"
-    return prepared.is_file() or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
+    prepared = is_own_data(root / "training_data" / "instance_images")
+    return prepared or any(root.glob("outputs/*/llm_analysis/llm_analysis.json"))
 
 
-def choose_params() -> tuple[Path | None, str]:
+def is_own_data(folder: Path) -> bool:
+    """Whether somebody's own training data lie in a folder: anything that is not the demo's."""
+    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return False
+    try:
+        summary = json.loads((folder.parent / "data_summary.json").read_text(encoding="utf-8"))
+        return summary["source"] != relative(demo_film_dir())
+    except (OSError, ValueError, TypeError, KeyError):
+        return True
+
+
+def choose_params(named: Mapping[str, Any] | None = None) -> tuple[Path | None, str]:
     """Return the configuration file that runs when none is named, and the reason for it.
 
     None means the built-in defaults: the package is installed without its `params/` folder.
+
+    Args:
+        named: what goes over the file; of it, `source` and `data_dir` tell whose frames are meant.
     """
-    root = project_root()
+    root, named = project_root(), named or {}
+    source, data_dir = (str(named.get(key) or "") for key in ("source", "data_dir"))
     if override := os.environ.get("BUNNY_LORA_PARAMS"):
         return resolve(override), "named by BUNNY_LORA_PARAMS"
     if path := host_config(Path.cwd()):
         return path, "found in the working folder"
-    if has_user_data():
+    if source == "bunny-world":
+        path, reason = root / "params" / "demo.yaml", "the demo's film is named as the source"
+    elif source not in ("", "auto"):
+        path, reason = root / "params" / "cpu.yaml", "you named a source of your own"
+    elif data_dir and is_own_data(resolve(data_dir)):
+        path, reason = root / "params" / "cpu.yaml", "you named training data of your own"
+    elif has_user_data():
         path, reason = root / "params" / "cpu.yaml", "found your own frames"
     else:
         path, reason = root / "params" / "demo.yaml", "no frames of your own yet, so the demo runs"

@@ -62,7 +62,8 @@ class LoRASection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each input of an adapter is zeroed in training."""
     target_modules: LayerNames = Field(["to_k", "to_q", "to_v", "to_out.0"])
-    """Layers of the UNet that learn, by the ends of their names: by default, attention alone."""
+    """Layers of the UNet that learn, by the ends of their names, by default attention alone. Or a kind:
+    attention, attention+ff, all (convolutions, projections and embeddings too)."""
     train_text_encoder: bool = False
     """Let the text encoder learn too: a character's name is a new word to it."""
     text_encoder_target_modules: LayerNames = Field(["q_proj", "k_proj", "v_proj", "out_proj"])
@@ -139,11 +140,24 @@ class PriorPreservationSection(Section):
     num_class_images: int = Field(100, ge=1)
     """How many of them; the base model draws those that class_data_dir does not have."""
     class_prompt: str = Field("cartoon character", min_length=1)
-    """What the class is called; without a name, evaluation asks for it too."""
+    """What the class is called; preservation, and evaluation without a name, ask for it too."""
     class_data_dir: OwnFolder = "training_data/class_images"
     """Their folder; pictures of your own in it are used first."""
     prior_loss_weight: float = Field(1.0, ge=0)
     """How much their loss counts; 1: as much as that of your pictures."""
+
+
+class PreservationSection(Section):
+    """Output preservation: where nobody is named, the model goes on drawing as without the LoRA.
+
+    Some samples have the names taken out of their captions, and learn what the same model predicts with
+    the LoRA off: of these captions some are empty, and some the class_prompt of prior_preservation.
+    """
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """How many of each step's samples, from 0 to below 1. 0: none, off."""
+    weight: float = Field(1.0, gt=0)
+    """How much the loss of each counts; 1: as much as that of any other."""
 
 
 class SamplingSection(Section):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from bunny_lora.core import paths
+from bunny_lora.errors import BunnyLoraError
 
 MAX_NUMBER = 2**63 - 1
 MAX_SHOWN = 100  # Characters of a key in a message.
@@ -25,13 +26,13 @@ def _portable(path: str) -> str:
     if any(unicodedata.category(c) == "Cc" for c in path):
         raise ValueError("has a line break or a control character in it")
     try:
-        expanded = Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError("starts with the home folder of an unknown user") from None
-    root, home = paths.project_root(), Path("~").expanduser()
+        expanded = paths.expanded(path)
+    except BunnyLoraError as error:
+        raise ValueError(str(error)) from None
+    root, home = paths.project_root(), paths.home()
     if expanded.is_absolute() and expanded.is_relative_to(root):
         return expanded.relative_to(root).as_posix()
-    if expanded.is_absolute() and len(home.parts) > 1 and expanded.is_relative_to(home):
+    if expanded.is_absolute() and home and len(home.parts) > 1 and expanded.is_relative_to(home):
         return f"~/{expanded.relative_to(home).as_posix()}"
     return path
 

@@ -9,7 +9,8 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Annotated, Any
@@ -28,6 +29,19 @@ JSON_PREFIXES = ("{", "```")
 # Plain ones but in "1,000", full-width and ideographic ones; whatever follows the last is no part.
 WIDE = "\N{FULLWIDTH COMMA}\N{IDEOGRAPHIC COMMA}"
 COMMAS = re.compile(rf"\s*(?:(?<!\d),|,(?!\d)|[{WIDE}])[\s,{WIDE}]*(?=[^\s,{WIDE}])")
+APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
+JOINING = "and|&|with"
+
+# What analyses write where they know nobody, and how they write several.
+NOBODY = re.compile(
+    r"[\s\-?.,_/*]*|nobody|no[ -]?one|none( .*)?|null|nil|n/?a"
+    r"|(unknown|unidentified|unnamed|unrecogni[sz]ed|anonymous)( .*)?"
+    r"|no (\w+ )?(characters?|persons?|people|names?|faces?)( .*)?"
+    r"|not (identified|recogni[sz]ed|visible|applicable|available|known|sure)"
+)
+SEVERAL = re.compile(r"\s*[,;&]\s*(?:and\s+)?|\s+and\s+")
+# Of scripts that part their words: "rex" is in a Japanese sentence, but not in "trex".
+LETTER = r"[^\W\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 
 Box = tuple[float, float, float, float]
 
@@ -62,7 +76,12 @@ def clean(value: Any) -> Any:
 
 def find_name(text: str, name: str) -> re.Match[str] | None:
     """Return where `text` first has `name` as a word of its own ("rex" is not in "trex")."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
+    return re.search(rf"(?<!{LETTER}){re.escape(name)}(?!{LETTER})", text, re.IGNORECASE)
+
+
+def names_in(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return which names a text has as words of their own."""
+    return tuple(name for name in names if find_name(text, name))
 
 
 def caption_parts(caption: str) -> list[str]:
@@ -75,14 +94,50 @@ def caption_parts(caption: str) -> list[str]:
     return [caption[a:b] for a, b in itertools.pairwise((0, *starts, len(caption)))]
 
 
+def without_names(caption: str, names: Collection[str]) -> str:
+    """Return a caption with names taken out, and what joined them: "a and b, on a beach", "on a beach".
+
+    A part between commas that was nothing but names goes with them.
+    """
+    if not names:
+        return caption
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    name = rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)(?:['{APOSTROPHE}]s(?!\w))?"
+    joined = re.compile(rf"\s+(?:{JOINING})\s+{name}|{name}\s+(?:{JOINING})\s+|{name}", re.IGNORECASE)
+    parts = []
+    for part in caption_parts(caption):
+        if joined.search(part):
+            part = " ".join(joined.sub(" ", part).split())
+        if part.strip(f",{WIDE}"):
+            parts.append(part)
+    return "".join(parts).lstrip(f",{WIDE} ")
+
+
 def _names(value: Any) -> Any:
-    """Lower-case names, each once; a single string is a list with commas, anything else no name."""
+    """Lower-case names, each once; a single string is a list of one, anything else no name.
+
+    One text may hold several names, or say in words that there is none.
+    """
     if isinstance(value, str):
-        value = value.split(",")
+        value = [value]
     if not isinstance(value, list):
         return value
-    names = [clean(name).lower() for name in value if isinstance(name, str)]
-    return list(dict.fromkeys(filter(None, names)))
+    texts = [clean(text).lower() for text in value if isinstance(text, str)]
+    names = [name for text in texts if not NOBODY.fullmatch(text) for name in SEVERAL.split(text)]
+    return [name for name in dict.fromkeys(names) if not NOBODY.fullmatch(name)]
+
+
+def names_said(values: Iterable[Any]) -> list[str]:
+    """Return in lines which of the given names were no names, and which were several."""
+    fields = [value if isinstance(value, list) else [value] for value in values]
+    texts = [clean(text).lower() for texts in fields for text in texts if isinstance(text, str)]
+    nobody = Counter(text for text in texts if text and NOBODY.fullmatch(text))
+    several = Counter(text for text in texts if text not in nobody and len(SEVERAL.split(text)) > 1)
+    return [
+        f"characters_identified: {what}: " + ", ".join(f"{text!r} ({n})" for text, n in found.items())
+        for what, found in (("no names", nobody), ("several names in one", several))
+        if found
+    ]
 
 
 def _boxes(value: Any) -> list[Box]:
@@ -184,6 +239,15 @@ def count_tokens(text: str, tokenizer: Any) -> int:
     return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
+def names_lost(caption: str, names: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    """Return which names of a caption are only in what is cut off at the tokenizer's limit."""
+    mentions = {name: find for name in names if (find := find_name(caption, name))}
+    # Words are tokenized one by one: what ends within the limit alone is kept whole in the cut caption.
+    limit = tokenizer.model_max_length
+    ends = {name: count_tokens(caption[: m.end()], tokenizer) for name, m in mentions.items()}
+    return tuple(name for name, end in ends.items() if end > limit)
+
+
 def name_first(caption: str, names: Sequence[str], tokenizer: Any) -> str:
     """Put the names in front if cutting at the tokenizer's limit would lose one that the caption has.
 
@@ -198,8 +262,6 @@ def name_first(caption: str, names: Sequence[str], tokenizer: Any) -> str:
     limit = tokenizer.model_max_length
     if count_tokens(caption, tokenizer) <= limit:
         return caption
-    mentions = {name: find for name in names if (find := find_name(caption, name))}
-    # Words are tokenized one by one: what ends within the limit alone is kept whole in the cut caption.
-    lost = (count_tokens(caption[: m.end()], tokenizer) > limit for m in mentions.values())
-    front = ", ".join(mentions) + ", "
-    return front + caption if any(lost) and not caption.startswith(front) else caption
+    front = ", ".join(names_in(caption, names)) + ", "
+    lost = names_lost(caption, names, tokenizer)
+    return front + caption if lost and not caption.startswith(front) else caption

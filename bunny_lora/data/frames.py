@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bunny_lora.data.captions import Box
+from bunny_lora.data.captions import Box, clean, names_in
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ class Sample:
     tokens: int | None = None
     prompted: bool = False
     repeats: int = 1
+
+    def naming(self, names: Sequence[str]) -> Sample:
+        """Return the same picture with those in it, too, whose name is in the caption."""
+        found = names_in(self.caption, [clean(name).lower() for name in names])
+        characters = tuple(dict.fromkeys((*self.characters, *found)))
+        return self if characters == self.characters else replace(self, characters=characters)
+
+
+def unseen(names: Sequence[str], samples: Sequence[Sample]) -> list[str]:
+    """Return in a line which of `character_names` nobody is called."""
+    called = {name for sample in samples for name in sample.characters}
+    missing = [name for name in names if clean(name).lower() not in called]
+    return [f"character_names: no caption has {', '.join(map(repr, missing))}"] if missing else []
 
 
 @dataclass(frozen=True)

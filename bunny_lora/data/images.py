@@ -6,6 +6,7 @@ training data and the data set agree on every one of them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -20,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.data.colours import is_16_bit, is_srgb, to_srgb
+from bunny_lora.data.png import without_large_chunks
 from bunny_lora.errors import LeftOutError
 
 # Only decoders that are pure and common: others call programs (EPS) or open further files.
@@ -74,8 +76,18 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         OSError, ValueError or another of Pillow's: the file is no picture or a broken one.
     """
-    with Image.open(path, formats=FORMATS) as image:
+    with _opened(path) as image:
         return to_srgb(image)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture with any amount of text beside its pixels."""
+    lighter, profile = without_large_chunks(path)
+    with Image.open(lighter or path, formats=FORMATS) as image:
+        if profile:
+            image.info["icc_profile"] = profile
+        yield image
 
 
 def inspect(path: Path) -> tuple[int, int]:
@@ -87,7 +99,7 @@ def inspect(path: Path) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with _opened(path) as image:
                 _check_size(path.name, *image.size)  # From the header, before any pixel is decoded.
                 image.verify()
             return open_rgb(path).size
@@ -137,6 +149,8 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 def plain_suffix(path: Path) -> str | None:
     """Return the ending of a copy if the bytes can be used as they are, else None."""
+    if without_large_chunks(path)[0]:
+        return None
     with Image.open(path, formats=FORMATS) as image:
         deep = is_16_bit(image)  # Asked first: reading the EXIF may decode the pixels.
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) in (0, 1)

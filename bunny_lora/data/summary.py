@@ -14,6 +14,7 @@ from typing import Any
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
+from bunny_lora.data.captions import names_lost
 from bunny_lora.data.frames import Sample, Source
 from bunny_lora.errors import BunnyLoraError
 
@@ -53,6 +54,11 @@ def token_limit(tokenizer: Any) -> int | None:
     return None if tokenizer is None else int(tokenizer.model_max_length)
 
 
+def characters_of(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return in how many pictures each character is."""
+    return dict(sorted(Counter(name for sample in samples for name in sample.characters).items()))
+
+
 def identity(source: Source, tokenizer: Any) -> dict[str, Any]:
     """Return the part of the summary that must be the same for the data to be the same."""
     settings = {"min_confidence": source.min_confidence, "tokenizer_limit": token_limit(tokenizer)}
@@ -60,6 +66,7 @@ def identity(source: Source, tokenizer: Any) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": source.kind,
         "input_sha256": source.digest,
+        "characters": characters_of(source.frames),
         "settings": settings,
     }
 
@@ -88,7 +95,6 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
     """
     frames = source.frames
     confidence = [frame.confidence for frame in frames if frame.confidence is not None]
-    names = Counter(name for frame in frames for name in frame.characters)
     sizes = Counter("x".join(map(str, frame.size)) for frame in frames)
     dropped = [
         {
@@ -104,9 +110,9 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
         "n_images": len(frames),
         "n_rescued": sum(frame.rescued for frame in frames),
         "n_instance_prompt": sum(frame.prompted for frame in frames),
-        "characters": dict(sorted(names.items())),
+        "characters": characters_of(frames),
         "confidence": _spread(confidence) if confidence else None,
-        "caption_tokens": _tokens(frames, samples, token_limit(tokenizer)),
+        "caption_tokens": caption_tokens(frames, samples, tokenizer),
         "sizes": dict(sorted(sizes.items())),
         "dropped_by_reason": by_reason(source),
         "dropped": dropped,
@@ -115,17 +121,49 @@ def describe(source: Source, samples: Sequence[Sample], tokenizer: Any) -> dict[
     }
 
 
-def _tokens(
-    frames: Sequence[Sample], samples: Sequence[Sample], limit: int | None
+def caption_tokens(
+    frames: Sequence[Sample], samples: Sequence[Sample], tokenizer: Any
 ) -> dict[str, Any] | None:
+    """Return how long captions are and what of them is cut; the arguments are as in `describe`."""
     tokens = [sample.tokens for sample in samples if sample.tokens is not None]
+    limit = token_limit(tokenizer)
     if limit is None:
         return None
     return _spread(tokens) | {
         "limit": limit,
         "n_truncated": sum(n > limit for n in tokens),
         "n_names_moved": sum(a.caption != b.caption for a, b in zip(frames, samples, strict=True)),
+        "names_lost": sorted({name for s in samples for name in _lost(s, tokenizer)}),
     }
+
+
+def _lost(sample: Sample, tokenizer: Any) -> tuple[str, ...]:
+    if sample.tokens is None or sample.tokens <= tokenizer.model_max_length:
+        return ()
+    return names_lost(sample.caption, sample.characters, tokenizer)
+
+
+def cut_text(tokens: Mapping[str, Any] | None, n_images: int, *, named: bool) -> str:
+    """Return in a line how much of the captions the text encoder never sees; empty if nothing.
+
+    Args:
+        tokens: as `describe` returns it.
+        n_images: how many captions there are.
+        named: whether it is known who is in the pictures.
+    """
+    if not tokens or not tokens["n_truncated"]:
+        return ""
+    limit, lost = tokens["limit"], tokens["max"] - tokens["limit"]
+    line = (
+        f"{tokens['n_truncated']} of {n_images} captions are longer than the {limit} tokens that the"
+        f" text encoder reads: of the longest, the last {lost} are lost"
+    )
+    if names := tokens.get("names_lost"):
+        return f"{line}, and in some a name: {', '.join(map(repr, names))}"
+    if not named:
+        return f"{line}, and maybe a name"
+    moved = tokens["n_names_moved"]
+    return line + f"; no name is, since in {moved} they were put in front" * bool(moved)
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
@@ -136,9 +174,19 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     """
     n_images, prompted = summary["n_images"], summary.get("n_instance_prompt", 0)
     lines = []
+    if "replaced" in summary:
+        lines.append(f"This replaces what was prepared from {summary['replaced']}")
     if prompted:
         lines.append(f"{prompted} of {n_images} have no caption and get the instance_prompt for one")
+    if not summary["characters"] and prompted < n_images:
+        lines.append(
+            "nobody is named in these data, so names are not kept in captions, nor judged: tell them,"
+            " or the trigger words that captions have, with character_names (--set"
+            " 'character_names=[ellie, rex]')"
+        )
     lines += summary.get("notes", [])
+    if cut := cut_text(summary.get("caption_tokens"), n_images, named=bool(summary["characters"])):
+        lines.append(cut)
     by_reason: dict[str, list[str]] = {}
     for item in summary.get("unused", []):
         by_reason.setdefault(item["reason"], []).append(item["file"])

@@ -30,12 +30,15 @@ from bunny_lora.core.files import read_json
 from bunny_lora.core.image_file import read_metadata, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
+from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import Sample, read_samples
+from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import metrics, protocol, traits, world_traits
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
 from bunny_lora.model import devices, random_models
+from bunny_lora.prepare import reading
 from bunny_lora.training import distributed, handover
 
 RANDOM = "random weights, so the pictures and numbers mean nothing"
@@ -54,15 +57,19 @@ class Reference:
     frames: list[Path]
 
     @classmethod
-    def load(cls, data_dir: Path) -> Reference:
-        """Read the crops of every character, most frequent first."""
-        samples = read_samples(data_dir)
+    def load(cls, data_dir: Path, config: Config) -> Reference:
+        """Read the crops of every character, most frequent first.
+
+        Raises:
+            BunnyLoraError: no data, or nobody is named in them.
+        """
+        samples = read_samples(data_dir, **reading(config))
         counts = Counter(name for sample in samples for name in sample.characters)
         named = sorted(counts, key=lambda name: (-counts[name], name))
         shows = {name: images_of(samples, name) for name in named}
         crops = {
             name: [crop_of(sample) for sample in evenly_spaced(shown)]
-            for name, shown in (shows or {SUBJECT: samples}).items()
+            for name, shown in (shows or {SUBJECT: subject_of(samples, config)}).items()
         }
         return cls(crops, [sample.path for sample in samples])
 
@@ -90,7 +97,7 @@ def evaluate(
     extractor = load_feature_extractor(config.evaluation.features, device.type)
     with distributed.process_group(device) as group:
         models = protocol.find_models(run_dir, config)
-        data = Reference.load(data_dir)
+        data = Reference.load(data_dir, config)
         plan = protocol.plan_images(config, list(data.crops), [model.name for model in models])
         protocol.generate_missing(run_dir, models, plan, config, group)
         return group.broadcast_from_main(
@@ -147,6 +154,23 @@ def images_of(samples: list[Sample], name: str) -> list[Sample]:
     named = [sample for sample in samples if name in sample.characters]
     alone = [sample for sample in named if len(sample.characters) == 1]
     return [sample for sample in alone if len(sample.faces) < 2] or alone or named
+
+
+def subject_of(samples: list[Sample], config: Config) -> list[Sample]:
+    """Return the images of the one that `instance_prompt` names, where captions name no one else.
+
+    Raises:
+        BunnyLoraError: it names nobody: a class, or something that no caption says.
+    """
+    prompt = config.instance_prompt
+    shown = [sample for sample in samples if prompt and find_name(sample.caption, prompt)]
+    if prompt == config.prior_preservation.class_prompt or not shown:
+        raise BunnyLoraError(
+            "Nobody is named in the training data, so there is nobody to judge: tell the names or"
+            " trigger words that its captions have, with character_names: [ellie, rex] (--set"
+            " 'character_names=[ellie, rex]'). Nothing has to be trained again for that."
+        )
+    return shown
 
 
 def evenly_spaced(samples: list[Sample]) -> list[Sample]:

@@ -135,9 +135,9 @@ def find_models(run_dir: Path, config: Config) -> list[Model]:
 
 
 def base_digest(base_model: str) -> str | None:
-    """Return one digest over a base model's files; of a hub's its commit, which names them."""
-    if commit := components.base_commit(base_model):
-        return commit
+    """Return one digest over a base model's files; where it has an identity, that."""
+    if identity := components.base_identity(base_model):
+        return identity
     folder = Path(components.resolve_base_model(base_model))
     files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin")]
     return sha256(*sorted(files)) if files else None

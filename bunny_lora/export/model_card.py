@@ -23,8 +23,9 @@ from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.names import title_of
-from bunny_lora.model import components
+from bunny_lora.model import adapters, components, kinds
 from bunny_lora.model.formats import LoRA
+from bunny_lora.prepare import reading
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
 
@@ -47,11 +48,16 @@ class About:
     alpha: float
     scores: EvalResult | None
     thumbnail: bytes | None
+    base_identity: str | None
+    weights_sha256: str | None
+    is_sd2: bool
+    prediction_type: str
 
     @classmethod
     def of_run(cls, weights: Path, base_model: str, lora: LoRA) -> About:
         """Read what the run that `weights` belong to recorded."""
         run = inference.run_folder(weights)
+        base_folder = Path(components.resolve_base_model(base_model))
         config = load_config(run / "config.yaml") if run else None
         samples = _samples(config)
         characters = Counter(n for sample in samples for n in sample.characters).most_common()
@@ -67,6 +73,10 @@ class About:
             alpha=first.alpha,
             scores=eval_result.find(run) if run else None,
             thumbnail=_thumbnail(run) if run else None,
+            base_identity=components.base_identity(base_model),
+            weights_sha256=adapters.adapter_digest(weights),
+            is_sd2=kinds.is_sd2(base_folder),
+            prediction_type=kinds.prediction_type(base_folder),
         )
 
     def kohya_metadata(self, *, experimental: bool = False) -> dict[str, str]:
@@ -76,19 +86,15 @@ class About:
         https://github.com/Stability-AI/ModelSpec.
         """
         metadata: dict[str, Any] = {
-            "ss_v2": "False",
-            "ss_base_model_version": "sd_v1",
+            "ss_v2": self.is_sd2,
+            "ss_base_model_version": ("sd_v2" if self.is_sd2 else "sd_v1") + "_v" * self._predicts_v,
             "ss_network_module": "networks.lora",
             "ss_network_dim": self.rank,
             "ss_network_alpha": self.alpha,
             "ss_network_args": "{}",
             "ss_output_name": self.title,
             "ss_sd_model_name": self.base_model,
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": "stable-diffusion-v1/lora",
-            "modelspec.implementation": "diffusers",
-            "modelspec.title": self.title,
-            "modelspec.trigger_phrase": ", ".join(self.characters),
+            **self._modelspec("/lora"),
         }
         if self.thumbnail:
             encoded = base64.b64encode(self.thumbnail).decode()
@@ -107,6 +113,33 @@ class About:
         known = {"ss_num_train_images": self.n_images, "ss_steps": self.step}
         metadata |= {name: value for name, value in known.items() if value is not None}
         return {name: str(value) for name, value in metadata.items()}
+
+    def checkpoint_metadata(self) -> dict[str, str]:
+        """Return the header of a whole model with this LoRA merged in."""
+        merged = {
+            "base_model": self.base_model,
+            "base_identity": self.base_identity,
+            "lora": self.title,
+            "lora_weights_sha256": self.weights_sha256,
+            "lora_steps": self.step,
+        }
+        metadata = {"format": "pt"} | self._modelspec("") | merged
+        return {name: str(value) for name, value in metadata.items() if value is not None}
+
+    @property
+    def _predicts_v(self) -> bool:
+        return self.prediction_type == "v_prediction"
+
+    def _modelspec(self, kind: str) -> dict[str, str]:
+        second = "stable-diffusion-v2-768-v" if self._predicts_v else "stable-diffusion-v2-512"
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": (second if self.is_sd2 else "stable-diffusion-v1") + kind,
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": self.title,
+            "modelspec.trigger_phrase": ", ".join(self.characters),
+            "modelspec.prediction_type": "v" if self._predicts_v else self.prediction_type,
+        }
 
 
 def _training_metadata(config: Config) -> dict[str, Any]:
@@ -137,7 +170,7 @@ def _step(weights_dir: Path) -> int | None:
 
 def _samples(config: Config | None) -> list[Sample]:
     try:
-        return read_samples(config.data_path) if config else []
+        return read_samples(config.data_path, **reading(config)) if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 

@@ -6,8 +6,10 @@ of it is left.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +20,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from bunny_lora import inference
 from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.model_card import About, model_card
 from bunny_lora.export.names import file_stem
-from bunny_lora.model import adapters, components, formats
+from bunny_lora.model import adapters, components, formats, ldm, random_models
 from bunny_lora.model.formats import DIFFUSERS_NAME, PARTS, LoRA
 from bunny_lora.model.quiet import quiet
 
-FORMATS = ("peft", "diffusers", "kohya", "merged", "kohya-sd1")
+FORMATS = ("peft", "diffusers", "kohya", "merged", "checkpoint", "kohya-sd1")
 USUAL = ("peft", "diffusers", "kohya")
 TOLERANCE = 1e-5  # of the largest change: float32 rounds in another order
 
@@ -62,8 +65,9 @@ def export(
         lora_weights_dir: `…/final`, `…/checkpoint-<step>`, a run folder (its `final`), or what else
             `adapters.find_weights` takes.
         out_dir: a new or empty folder; it appears whole or not at all.
-        kinds: of `FORMATS`. "merged" is a whole pipeline, as large as the base model; "kohya-sd1" is
-            experimental: BK-SDM-Tiny's LoRA under the names of full Stable Diffusion 1.x.
+        kinds: of `FORMATS`. "merged" is a whole pipeline, as large as the base model, "checkpoint" the
+            same in one file of half precision; "kohya-sd1" is experimental: BK-SDM-Tiny's LoRA under
+            the names of full Stable Diffusion 1.x.
         base_model: None is the one that the run was trained on.
 
     Returns:
@@ -175,18 +179,8 @@ def _kohya_sd1(job: _Job, folder: Path) -> Path:
 @quiet()
 def _merged(job: _Job, folder: Path) -> Path:
     path = folder / "merged"
-    before = {
-        part: {name: _weight(job.models[part], name).clone() for name in modules}
-        for part, modules in job.lora.items()
-    }
-    # Whole weights are compared: of a small change little is left when large weights are subtracted.
-    expected = {
-        part: {name: weight + job.lora[part][name].change() for name, weight in weights.items()}
-        for part, weights in before.items()
-    }
-    _put(job, expected)
-    components.save_model(job.pipe, path)
-    _put(job, before)
+    with _merged_in(job) as expected:
+        components.save_model(job.pipe, path)
     merged = diffusers.StableDiffusionPipeline.from_pretrained(
         path, safety_checker=None, requires_safety_checker=False
     )
@@ -196,6 +190,52 @@ def _merged(job: _Job, folder: Path) -> Path:
     }
     _compare(path, seen, expected)
     return path
+
+
+@quiet()
+def _checkpoint(job: _Job, folder: Path) -> Path:
+    path = folder / f"{job.about.title}-checkpoint.safetensors"
+    is_full = ldm.is_full(job.pipe.unet)
+    with _merged_in(job):
+        state = ldm.state_dict(job.pipe)
+        save_file(state, path, job.about.checkpoint_metadata())
+        if is_full:
+            expected = {part: getattr(job.pipe, part).state_dict() for part in ldm.PREFIXES}
+            half = {p: {n: t.half().float() for n, t in own.items()} for p, own in expected.items()}
+            _compare(path, _as_single_file(job, path), half)
+    # No loader here reads BK-SDM-Tiny in one file; at least what was written is there.
+    _compare(path, {"file": load_file(path)}, {"file": state})
+    return path
+
+
+def _as_single_file(job: _Job, path: Path) -> Changes:
+    with tempfile.TemporaryDirectory() as configs:
+        random_models.save_parts_configs(job.pipe, Path(configs))
+        loaded = diffusers.StableDiffusionPipeline.from_single_file(
+            str(path), config=configs, local_files_only=True, torch_dtype=torch.float32
+        )
+    return {part: getattr(loaded, part).state_dict() for part in ldm.PREFIXES}
+
+
+@contextlib.contextmanager
+def _merged_in(job: _Job) -> Iterator[Changes]:
+    """Add the LoRA to the pipeline's weights for as long as the block lasts; yield the new ones.
+
+    Whole weights are compared: of a small change little is left when large weights are subtracted.
+    """
+    before = {
+        part: {name: _weight(job.models[part], name).clone() for name in modules}
+        for part, modules in job.lora.items()
+    }
+    expected = {
+        part: {name: weight + job.lora[part][name].change() for name, weight in weights.items()}
+        for part, weights in before.items()
+    }
+    _put(job, expected)
+    try:
+        yield expected
+    finally:
+        _put(job, before)
 
 
 def _put(job: _Job, weights: Changes) -> None:
@@ -209,6 +249,7 @@ _WRITERS: dict[str, Callable[[_Job, Path], Path]] = {
     "diffusers": _diffusers,
     "kohya": _kohya,
     "merged": _merged,
+    "checkpoint": _checkpoint,
     "kohya-sd1": _kohya_sd1,
 }
 

@@ -51,7 +51,7 @@ def find_weights(lora_weights_dir: str | Path) -> Path:
     Raises:
         BunnyLoraError: there is none, or several that nothing sets apart.
     """
-    path = Path(lora_weights_dir).expanduser()
+    path = paths.expanded(lora_weights_dir)
     path = path if path.exists() else paths.resolve(path)
     if path.is_file():
         of_peft = path.name in (CONFIG, WEIGHTS, OLD_WEIGHTS) and (path.parent / CONFIG).is_file()

@@ -64,8 +64,7 @@ def attach(
     Raises:
         BunnyLoraError: one of the target modules is no layer of the model.
     """
-    names = target_names(part, lora)
-    targets.check_targets(model, part, names)
+    names = targets.resolve_targets(model, part, target_names(part, lora))
     lora_config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names
     )
@@ -85,7 +84,7 @@ def attach(
 
 
 def target_names(part: str, lora: LoRASection) -> list[str]:
-    """Return the configured target modules of a part."""
+    """Return the configured target modules of a part, groups of them by their names."""
     return lora.target_modules if part == "unet" else lora.text_encoder_target_modules
 
 
@@ -144,7 +143,7 @@ def start_from(peft_models: Mapping[str, PeftModel], lora: LoRA) -> None:
             if f"{prefix}.lora_A.weight" not in state:
                 raise BunnyLoraError(
                     f"lora.start_from holds a LoRA of {name}, which lora.{targets.KEYS[part]} leaves"
-                    f" out: {sorted(config.target_modules)}. Add {name.rsplit('.', 1)[-1]} to them."
+                    f" out: add {targets.short_name(name)} to them."
                 )
             if module.rank > config.r:
                 raise BunnyLoraError(

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, kinds, random_models, variants
+from bunny_lora.model import hub, kinds, random_models, single_file, variants
 from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
@@ -60,19 +60,39 @@ def base_commit(name: str) -> str | None:
     return None if folder_here(name) else _from_hub(name).name
 
 
+def base_identity(name: str) -> str | None:
+    """Return what a base model is, whatever it is called: a hub's commit, the digest of a single file.
+
+    None of a folder, whose weights speak for themselves.
+    """
+    folder = folder_here(name)
+    digest = single_file.sha256(Path(folder)) if folder else None
+    return f"sha256:{digest}" if digest else base_commit(name)
+
+
 def folder_here(name: str) -> str | None:
-    """Return the folder of a base model that needs no download, built if it is a random model."""
+    """Return the folder of a base model that needs no download.
+
+    Random models are built and single files converted where they are named for the first time.
+    """
     if name == BUNNY_WORLD:
         return str(WORLD_WEIGHTS / "sd")
     if name in random_models.RANDOM_MODELS:
         return str(random_models.random_model_folder(name))
-    for folder in (paths.resolve(name), Path(name).expanduser()):
+    for folder in (paths.resolve(name), paths.expanded(name)):
         if (folder / "model_index.json").is_file():
             return str(folder.absolute())
+        if files.is_file(folder):
+            return str(single_file.converted(folder.absolute()))
     return None
 
 
 def _from_hub(name: str) -> Path:
+    if name.lower().endswith(single_file.SUFFIXES):
+        raise model_not_loaded(name, BunnyLoraError("there is no such file."))
+    if files.is_folder(paths.resolve(name)):
+        reason = f"{paths.resolve(name)} has no model_index.json, as diffusers' layout has."
+        raise model_not_loaded(name, BunnyLoraError(reason))
     try:
         return hub.local(name)
     except BunnyLoraError as error:
@@ -93,8 +113,9 @@ def model_not_loaded(base_model: str, error: Exception) -> BunnyLoraError:
     reason = str(error).strip() if known else str(error).strip().splitlines()[0][:200]
     return BunnyLoraError(
         f"Could not load the base model {base_model}: {reason}\n"
-        "base_model takes a folder in diffusers' layout, the name of a hub repository (for example"
-        " nota-ai/bk-sdm-tiny, 2 GB, fetched once by `bunny-lora download nota-ai/bk-sdm-tiny`), or,"
+        "base_model takes a folder in diffusers' layout, a .safetensors file of Stable Diffusion 1.x,"
+        " the name of a hub repository (for example nota-ai/bk-sdm-tiny, 2 GB, fetched once by"
+        " `bunny-lora download nota-ai/bk-sdm-tiny`), or,"
         f" with no download, {BUNNY_WORLD} (a cartoon world of its own, at 128 px) or"
         f" {' or '.join(random_models.RANDOM_MODELS)} (random weights: they draw noise)."
     )

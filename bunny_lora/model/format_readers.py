@@ -220,11 +220,14 @@ def _refuse_misfit(
 ) -> None:
     layer = getattr(layer, "base_layer", layer)  # where another adapter is in the model
     weight = layer.weight if isinstance(layer, LAYERS) else None
-    fits = weight is not None and weight.shape == (len(module.up), *module.down.shape[1:])
-    if not fits or module.up.shape[1] != module.rank or module.rank < 1:
+    down, up = tuple(module.down.shape), tuple(module.up.shape)
+    ones = (1,) * (len(down) - 2)
+    if min(len(down), len(up)) < 2 or 0 in down or up[1:] != (down[0], *ones):
+        raise BunnyLoraError(f"{path} is damaged: the matrices of {name} are {down} and {up}.")
+    if weight is None or weight.shape != (up[0], *down[1:]):
         base = recorded_base(path)
         raise BunnyLoraError(
             f"{path} was made for another base model than the one loaded"
             f"{f' ({base} is recorded in it)' if base else ''}: the {part} has no {name} of"
-            f" {module.down.shape[1]} inputs and {len(module.up)} outputs."
+            f" {down[1]} inputs and {up[0]} outputs."
         )

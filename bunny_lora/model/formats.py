@@ -6,6 +6,7 @@ Everything goes through one neutral form, so that each format is a reader, a wri
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,6 @@ __all__ = [
 ]
 
 DIFFUSERS_NAME = LORA_FILE
-_UP_BLOCKS = {
-    "0.attentions.0": "1.attentions.0",
-    "0.attentions.1": "1.attentions.2",
-    "1.attentions.0": "2.attentions.0",
-    "1.attentions.1": "2.attentions.2",
-    "2.attentions.0": "3.attentions.0",
-    "2.attentions.1": "3.attentions.2",
-}
 
 
 def write_peft(lora: LoRA, folder: Path, base_model: str) -> None:
@@ -115,9 +108,12 @@ def for_sd1(lora: LoRA) -> LoRA:
     """
 
     def renamed(name: str) -> str:
-        start, _, rest = name.partition("up_blocks.")
-        block = ".".join(rest.split(".")[:3])
-        return f"up_blocks.{_UP_BLOCKS[block]}{rest[len(block) :]}" if rest and not start else name
+        if not (match := re.fullmatch(r"up_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)):
+            return name
+        block, kind, index, rest = match.groups()
+        # The student has the teacher's last three blocks, and of their three layers the first and last.
+        taken = int(index) if kind == "upsamplers" else 2 * int(index)
+        return f"up_blocks.{int(block) + 1}.{kind}.{taken}.{rest}"
 
     return lora | {"unet": {renamed(name): module for name, module in lora.get("unet", {}).items()}}
 

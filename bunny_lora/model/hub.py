@@ -67,6 +67,11 @@ def download(name: str) -> Path:
             without safetensors.
     """
     repo, revision = split_revision(name)
+    if constants.HF_HUB_CACHE.startswith("~"):  # It would be a folder of that name right here.
+        raise BunnyLoraError(
+            f"{name} cannot be kept, since this system knows no home folder for the hub's cache: set"
+            " HF_HOME to a folder that may be written."
+        )
     try:
         about = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}

@@ -94,7 +94,7 @@ def _by_parts(folder: Path) -> str | None:
     called = next((name for word, name in FAMILIES.items() if word in pipeline), "another model")
     called += f" ({pipeline})"
     text_encoder = (index.get("text_encoder") or [None, None])[1]
-    if (folder / "transformer").is_dir() or "transformer" in index:
+    if (folder / "transformer").is_dir() or (index.get("transformer") or [None])[0]:
         return f"{called}, with a transformer where Stable Diffusion has a UNet"
     if (index.get("text_encoder_2") or [None])[0]:
         return f"{called}, with a second text encoder"

@@ -8,7 +8,7 @@ Their pictures are noise: nothing drawn with them says anything about quality.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -99,6 +99,8 @@ TINY = Shape(
     },
     text_tokens=77,
 )
+# https://huggingface.co/CompVis/stable-diffusion-v1-4 and 1.5: UNet2DConditionModel's defaults.
+SD1 = replace(BK_SDM_TINY, unet={"sample_size": 64, "cross_attention_dim": 768})
 RANDOM_MODELS: dict[str, Shape] = {"random-tiny": TINY, "random-bk-sdm-tiny": BK_SDM_TINY}
 
 
@@ -108,9 +110,11 @@ def build_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
 
 
 @quiet()
-def build_pipeline(shape: Shape, seed: int = 0) -> diffusers.StableDiffusionPipeline:
+def build_pipeline(
+    shape: Shape, seed: int = 0, tokenizer: CLIPTokenizer | None = None
+) -> diffusers.StableDiffusionPipeline:
     """Return a pipeline with random float32 weights, the same for the same seed."""
-    tokenizer = build_tokenizer(shape.text_tokens)
+    tokenizer = tokenizer or build_tokenizer(shape.text_tokens)
     with torch.random.fork_rng(devices=[]):
         text_config = CLIPTextConfig(
             **shape.text,
@@ -162,6 +166,23 @@ def _build_scheduler() -> PNDMScheduler:
         skip_prk_steps=True,
         steps_offset=1,
     )
+
+
+def save_configs(shape: Shape, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write what a folder in diffusers' layout holds beside weights."""
+    with torch.device("meta"):
+        pipe = build_pipeline(shape, tokenizer=tokenizer)
+    save_parts_configs(pipe, folder)
+
+
+def save_parts_configs(pipe: diffusers.StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline without its weights."""
+    pipe.save_config(folder)
+    pipe.unet.save_config(folder / "unet")
+    pipe.vae.save_config(folder / "vae")
+    pipe.text_encoder.config.save_pretrained(folder / "text_encoder")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def random_model_folder(name: str) -> Path:

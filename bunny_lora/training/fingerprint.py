@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Fingerprint:
     settings: dict[str, Any]
     data_sha256: str
     environment: dict[str, str]
-    base_commit: str | None = None  # Of a base model from the hub; older runs tell of none.
+    base_commit: str | None = None  # `components.base_identity`; older runs tell of none.
 
     @classmethod
     def of(
@@ -100,15 +101,23 @@ def _processor() -> str:
 def mathematical_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Return one line for each difference that makes it another run."""
     unused = {f"training.{key}" for key in unused_keys(now.settings["training.lr_scheduler"])}
-    found = _compare(*({k: v for k, v in x.settings.items() if k not in unused} for x in (before, now)))
+    # Of a file that has moved, the digest tells that it is the same.
+    same_base = before.base_commit is not None and before.base_commit == now.base_commit
+    found = _compare(before.settings, now.settings, unused | ({"base_model"} if same_base else set()))
     if before.data_sha256 != now.data_sha256:
         found.append("the training data: other images or captions now")
     if None not in (before.base_commit, now.base_commit) and before.base_commit != now.base_commit:
-        found.append(
-            f"the base model's commit: {before.base_commit} before, {now.base_commit} now; `@` and the"
-            " commit after its name, in base_model, bring one back"
-        )
+        found.append(_other_base(before.base_commit, now.base_commit))
     return found
+
+
+def _other_base(before: str | None, now: str | None) -> str:
+    if f"{before}{now}".count("sha256:"):
+        return f"the base model: {before} before, {now} now; name in base_model what it was"
+    return (
+        f"the base model's commit: {before} before, {now} now; `@` and the commit after its name, in"
+        " base_model, bring one back"
+    )
 
 
 def environment_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -116,10 +125,10 @@ def environment_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     return _compare(before.environment, now.environment)
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _compare(before: dict[str, Any], now: dict[str, Any], ignored: Collection[str] = ()) -> list[str]:
     return [
         f"{key}: {before.get(key)} before, {now.get(key)} now"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - set(ignored))
         if before.get(key) != now.get(key)
     ]
 

@@ -21,6 +21,7 @@ from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
+from bunny_lora.prepare import reading
 from bunny_lora.training import checkpoint
 
 HANDOVER = "handover.json"
@@ -174,6 +175,6 @@ def _known(run_dir: Path) -> Handover | None:
 
 def _samples(config: Config) -> list[Sample]:
     try:
-        return read_samples(config.data_path)
+        return read_samples(config.data_path, **reading(config))
     except BunnyLoraError:
         return []  # the training data did not come along

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import contextlib
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
+from peft import PeftModel
 
 from bunny_lora.config import Config
-from bunny_lora.core.seeding import derive_seed
+from bunny_lora.core.seeding import derive_seed, generator
+from bunny_lora.data.captions import without_names
 from bunny_lora.model import diffusion
 from bunny_lora.model.components import Components, encode_prompts
 from bunny_lora.training.latents import Batch, EncodedImages
+
+# Of preserved samples: half of guidance is the empty prompt, and a class stands for other subjects.
+EMPTY, CLASS = 0.25, 0.25
 
 
 class PromptEncoder:
@@ -42,16 +49,23 @@ class PromptEncoder:
 
 @dataclass
 class Learner:
-    """What a loss is computed from. `class_images` only with prior preservation."""
+    """What a loss is computed from. `class_images` only with prior preservation.
+
+    `models` are the adapters in `components`, to switch off for output preservation.
+    """
 
     components: Components
     config: Config
     images: EncodedImages
     class_images: EncodedImages | None = None
+    models: Mapping[str, PeftModel] = field(default_factory=dict)
     encode: PromptEncoder = field(init=False)
 
     def __post_init__(self) -> None:
         captions = self.images.captions + (self.class_images.captions if self.class_images else [])
+        if self.config.preservation.share:
+            nameless = [without_names(caption, self.images.names) for caption in self.images.captions]
+            captions += ["", self.config.prior_preservation.class_prompt, *nameless]
         trainable = self.config.lora.train_text_encoder
         self.encode = PromptEncoder(self.components, captions, trainable=trainable)
 
@@ -62,36 +76,81 @@ class Learner:
         its weight, https://arxiv.org/abs/2208.12242, eq. 2.
         """
         training = self.config.training
-        batches = [self._batch(self.images, position)]
+        preserved = self._preserved(position)
+        batches = [self._without_names(self._batch(self.images, position), preserved, position)]
         if self.class_images is not None:
             batches.append(self._batch(self.class_images, position))
         device = self.components.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(training.seed, "dropout", position))
-            losses = self._losses(_join(batches))
+            losses = self._losses(_join(batches), preserved)
         prior_weight = self.config.prior_preservation.prior_loss_weight
         instance, *prior = losses.split(training.batch_size)
         return instance.mean() + sum(prior_weight * part.mean() for part in prior)
+
+    def _preserved(self, position: int) -> list[int]:
+        """Return which samples of a micro-batch are preserved: spread evenly over the positions."""
+        share, count = self.config.preservation.share, self.config.training.batch_size
+        n_before = [math.floor((position + row) * share) for row in range(count + 1)]
+        return [row for row in range(count) if n_before[row + 1] > n_before[row]]
+
+    def _without_names(self, batch: Batch, rows: list[int], position: int) -> Batch:
+        """Return a micro-batch whose preserved samples name nobody."""
+        names, seed = self.images.names, self.config.training.seed
+        class_prompt, captions = self.config.prior_preservation.class_prompt, list(batch.captions)
+        for row in rows:
+            random = generator(seed, "preservation", position + row)
+            captions[row] = _preserved_caption(captions[row], names, class_prompt, random)
+        return replace(batch, captions=captions)
 
     def _batch(self, images: EncodedImages, position: int) -> Batch:
         training, scheduler = self.config.training, self.components.noise_scheduler
         count = scheduler.config.num_train_timesteps
         return images.batch(training.seed, position, training.batch_size, count)
 
-    def _losses(self, batch: Batch) -> torch.Tensor:
+    def _losses(self, batch: Batch, preserved: list[int]) -> torch.Tensor:
         scheduler, device = self.components.noise_scheduler, self.components.device
         alphas_cumprod, kind = scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type
         latents, noise = batch.latents.to(device), batch.noise.to(device)
         timesteps = batch.timesteps.to(device)
         noisy_latents = diffusion.add_noise(latents, noise, timesteps, alphas_cumprod)
         target = diffusion.target(kind, latents, noise, timesteps, alphas_cumprod)
-        prediction = self.components.unet(
-            noisy_latents.to(self.components.dtype), timesteps, self.encode(batch.captions)
-        ).sample
-        losses = diffusion.loss_per_sample(prediction, target)
+        noisy_latents = noisy_latents.to(self.components.dtype)
+        weights = torch.ones(len(latents), device=device)
+        if preserved:
+            captions = [batch.captions[row] for row in preserved]
+            base = self._base_prediction(noisy_latents[preserved], timesteps[preserved], captions)
+            rows = torch.tensor(preserved, device=device)
+            target = target.index_copy(0, rows, base)
+            weights[preserved] = self.config.preservation.weight
+        prediction = self.components.unet(noisy_latents, timesteps, self.encode(batch.captions)).sample
+        losses = weights * diffusion.loss_per_sample(prediction, target)
         if (gamma := self.config.training.snr_gamma) is not None:
             losses = losses * diffusion.snr_weights(timesteps, alphas_cumprod, gamma, kind)
         return losses
+
+    @torch.no_grad()
+    def _base_prediction(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, captions: list[str]
+    ) -> torch.Tensor:
+        """Return what UNet and text encoder predict without their LoRA, float32 [N, 4, h, w]."""
+        with contextlib.ExitStack() as off:
+            for model in self.models.values():
+                off.enter_context(model.disable_adapter())
+            hidden_states = self.encode(captions)
+            return self.components.unet(noisy_latents, timesteps, hidden_states).sample.float()
+
+
+def _preserved_caption(
+    caption: str, names: Collection[str], class_prompt: str, random: torch.Generator
+) -> str:
+    """Return a caption of preservation; without known names nobody could be taken out of it."""
+    chance = float(torch.rand((), generator=random))
+    if chance < EMPTY:
+        return ""
+    if chance < EMPTY + CLASS or not names:
+        return class_prompt
+    return without_names(caption, names)
 
 
 def _join(batches: list[Batch]) -> Batch:

@@ -77,7 +77,9 @@ def set_up(
         start.check_base(base_sha256, str(dtype).removeprefix("torch."))
         memory.check_images(parts, config.resolution)
         for part in _trained_parts(config):  # before pictures are encoded, which takes long
-            targets.check_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
+            targets.resolve_targets(
+                getattr(parts, part), part, adapters.target_names(part, config.lora)
+            )
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
         samples = dataset.read_samples(config.data_path, **reading(config))
@@ -87,10 +89,15 @@ def set_up(
                 "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
                 " that may be left out."
             )
+        if config.preservation.share and not images.names:
+            print(
+                "preservation.share: the data say of nobody who is in a picture, so no name is taken"
+                " out; the captions of its samples are empty, or the class_prompt."
+            )
         class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
 
     models = _attach(parts, config)
-    learner = Learner(parts, config, images, class_data)
+    learner = Learner(parts, config, images, class_data, models)
     optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)

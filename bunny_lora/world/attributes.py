@@ -7,7 +7,7 @@ over height), y from 0 at the top to 1 at the bottom.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,14 @@ OUTFITS = ("none", "scarf", "shirt", "sweater", "dress", "overalls", "bow", "hat
 OUTFIT_COLOURS = ("red", "blue", "green", "yellow", "purple", "pink", "orange")
 MARKS = ("none", "heart", "star", "moon", "bolt", "spot")
 MARK_COLOURS = ("red", "white", "yellow", "blue")
+EARS = ("plain", "bent", "bandaged", "dipped", "ringed")
+EARS_OF = {
+    "bunny": ("bent",),
+    "cat": ("dipped", "ringed"),
+    "bear": ("bandaged",),
+    "fox": ("dipped", "ringed"),
+}
+"""The peculiar ears that a species can have."""
 EXPRESSIONS = ("happy", "laughing", "sad", "surprised", "angry", "sleepy")
 POSES = ("standing", "waving", "sitting", "running", "jumping", "sleeping", "cheering")
 FACINGS = ("front", "left", "right")
@@ -127,7 +135,14 @@ REGULARS = {
 """Who is always called the same where the denoiser is taught, by species and fur: from them it learns
 that a name can tell who is meant, though it never learns who the heroes are."""
 
+_LIKE = {"lilac": ("purple", "pink"), "sky": ("blue",), "crimson": ("red",), "emerald": ("green",)}
+"""The colours of things that can hardly be told from a hero's fur."""
+
 HERO_MARKS = {traits.species: traits.mark for traits in HEROES.values()}
+
+
+NEW_NAMES = tuple(name for name in NAMES if name not in HEROES and name not in REGULARS.values())
+"""Names that the denoiser was never taught, as the heroes' own."""
 
 
 def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
@@ -163,6 +178,60 @@ def random_traits(rng: np.random.Generator) -> Traits:
         mark=mark,
         mark_colour=pick(rng, mark_colours),
     )
+
+
+def any_traits(rng: np.random.Generator) -> Traits:
+    """Return a character with any traits at all, furs and ears of heroes among them."""
+    species, outfit = pick(rng, SPECIES), pick(rng, OUTFITS + BARE_CHEST)
+    fur = pick(rng, FURS + HERO_FURS)
+    ear = "plain"
+    if species in EARS_OF and rng.random() < 0.6:
+        ear = pick(rng, EARS_OF[species])
+    if ear == "dipped" and fur in ("white", "cream"):  # nobody could tell
+        ear = "plain"
+    return Traits(
+        species=species,
+        fur=fur,
+        eyes=pick(rng, EYES),
+        outfit=outfit,
+        outfit_colour=pick(rng, [colour for colour in OUTFIT_COLOURS if colour != fur]),
+        mark=pick(rng, MARKS) if outfit in BARE_CHEST else "none",
+        mark_colour=pick(rng, [colour for colour in MARK_COLOURS if colour != fur]),
+        ear=ear,
+    )
+
+
+def fresh_heroes(seed: int) -> dict[str, Traits]:
+    """Return four heroes by name, as new to the models as `HEROES` are and unlike them.
+
+    Furs and ears are those that no random picture has, in other combinations; names are `NEW_NAMES`.
+    No two share a species, a fur, eyes, an outfit or a mark, and no colour lies on its like.
+    """
+    rng = generator(seed, "fresh heroes")
+    taken = {(traits.species, traits.fur) for traits in HEROES.values()}
+    species = rng.permutation(list(EARS_OF))
+    furs = rng.permutation(HERO_FURS)
+    while any(pair in taken for pair in zip(species, furs, strict=True)):
+        furs = rng.permutation(HERO_FURS)
+    columns = (
+        rng.permutation(NEW_NAMES),
+        rng.permutation(EYES),
+        rng.permutation([outfit for outfit in BARE_CHEST if outfit != "none"]),
+        rng.permutation(MARKS[1:]),
+    )
+    cast = {}
+    for kind, fur, name, eyes, outfit, mark in zip(species, furs, *columns, strict=False):
+        cast[str(name)] = Traits(
+            species=str(kind),
+            fur=str(fur),
+            eyes=str(eyes),
+            outfit=str(outfit),
+            outfit_colour=pick(rng, [c for c in OUTFIT_COLOURS if c not in _LIKE[fur]]),
+            mark=str(mark),
+            mark_colour=pick(rng, [c for c in MARK_COLOURS if c not in _LIKE[fur]]),
+            ear=pick(rng, EARS_OF[str(kind)]),
+        )
+    return cast
 
 
 def random_scene(rng: np.random.Generator, *, camera: str | None = None) -> Scene:
@@ -238,10 +307,16 @@ def random_picture(seed: int, index: int, *, aspect: float = 1.0) -> Picture:
 
 
 def hero_picture(
-    names: Sequence[str], seed: int, index: int, *, aspect: float = 1.0, camera: str | None = None
+    names: Sequence[str],
+    seed: int,
+    index: int,
+    *,
+    aspect: float = 1.0,
+    camera: str | None = None,
+    heroes: Mapping[str, Traits] = HEROES,
 ) -> Picture:
-    """Return a random scene with the named heroes in it, at `index` of the stream of `seed`."""
+    """Return a random scene with the named of `heroes` in it, at `index` of the stream of `seed`."""
     rng = generator(seed, "hero " + " ".join(names), index)
     scene = random_scene(rng, camera=camera or (None if len(names) == 1 else "wide"))
-    moments = [random_moment(rng, name, HEROES[name], scene.camera) for name in names]
+    moments = [random_moment(rng, name, heroes[name], scene.camera) for name in names]
     return Picture(scene, stage(rng, moments, scene.camera, aspect), aspect)

@@ -15,7 +15,6 @@ import numpy as np
 
 from bunny_lora.world.attributes import (
     DETAILS,
-    HEROES,
     NAMES,
     OUTFIT_COLOURS,
     REGULARS,
@@ -128,10 +127,7 @@ class _Teller:
 
     def looks(self, character: Character, *, brief: bool) -> str:
         """Return e.g. "grey rabbit with blue eyes in a red scarf"."""
-        traits, hero = (
-            character.traits,
-            character.name in HEROES and character.traits.ear != "plain",
-        )
+        traits, hero = character.traits, character.traits.ear != "plain"
         words = []
         if self.chance(0.5 if hero else 0.96):
             words.append(self.say(_FUR, traits.fur))

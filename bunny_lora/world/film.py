@@ -8,9 +8,10 @@ nobody named, some heroes seen far more often than others. On top come the defec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bunny_lora.world.attributes import (
     HEROES,
     PLACES,
     Picture,
+    Traits,
     generator,
     hero_picture,
     pick,
@@ -33,7 +35,8 @@ from bunny_lora.world.attributes import (
 from bunny_lora.world.captions import caption, scene_description
 from bunny_lora.world.renderer import Rendering, render
 
-_LEADS = ("ellie",) * 8 + ("phil",) * 5 + ("rex",) * 4 + ("victoria",) * 2
+_LEADS = (8, 5, 4, 2)
+"""How often the first hero is in the lead, the second and so on; any others as seldom as the last."""
 _CAMERAS = ("wide",) * 6 + ("medium",) * 3 + ("close-up",)
 _UNUSABLE = (
     "low confidence",
@@ -61,41 +64,55 @@ class Take:
 
 
 def write_film(
-    run_dir: Path, *, n_frames: int = 65, seed: int = 0, size: tuple[int, int] = (640, 360)
+    run_dir: Path,
+    *,
+    n_frames: int = 65,
+    seed: int = 0,
+    size: tuple[int, int] = (640, 360),
+    heroes: Mapping[str, Traits] = HEROES,
 ) -> Path:
     """Write a stage-4 run with `n_frames` usable frames of `size` pixels, and return `run_dir`.
+
+    Its heroes are the demo's, or any others by name, `attributes.fresh_heroes` for instance.
 
     The run appears whole or not at all, and the same arguments write the same bytes. Its truth (all
     attributes and boxes of every frame) lies beside it in `world_truth.json`.
 
     Raises:
-        BunnyLoraError: `run_dir` exists and is not an empty folder, or `n_frames` is below 1.
+        BunnyLoraError: `run_dir` exists and is not an empty folder, `n_frames` is below 1, or there are
+            no heroes.
     """
     run_dir = Path(run_dir)
     if n_frames < 1:
         raise BunnyLoraError(f"A film needs at least one frame, not {n_frames}.")
+    if not heroes:
+        raise BunnyLoraError("A film needs at least one hero: name one in `heroes`, or leave it out.")
     if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
         raise BunnyLoraError(f"{run_dir} exists and is not empty: choose another folder or remove it.")
     with atomic_path(run_dir) as part:
         part.mkdir()
-        _write(part, _takes(n_frames, seed, size[0] / size[1]), seed, size)
+        _write(part, _takes(n_frames, seed, size[0] / size[1], heroes), seed, size)
     return run_dir
 
 
 def heldout_frames(
-    hero: str, n: int, seed: int = 0, size: tuple[int, int] = (128, 128)
+    hero: str,
+    n: int,
+    seed: int = 0,
+    size: tuple[int, int] = (128, 128),
+    heroes: Mapping[str, Traits] = HEROES,
 ) -> list[Rendering]:
-    """Return `n` pictures of one hero that no film shows, going round the seven places.
+    """Return `n` pictures of one of `heroes` that no film shows, going round the seven places.
 
     Raises:
         BunnyLoraError: there is no such hero.
     """
-    if hero not in HEROES:
-        raise BunnyLoraError(f"There is no hero {hero!r}; the heroes are {', '.join(HEROES)}.")
+    if hero not in heroes:
+        raise BunnyLoraError(f"There is no hero {hero!r}; the heroes are {', '.join(heroes)}.")
     aspect = size[0] / size[1]
     frames = []
     for index in range(n):
-        picture = hero_picture([hero], seed, index, aspect=aspect)
+        picture = hero_picture([hero], seed, index, aspect=aspect, heroes=heroes)
         place = PLACES[index % len(PLACES)]
         light = "night" if place == "city" else picture.scene.light
         scene = replace(picture.scene, place=place, light=light, details=())
@@ -103,22 +120,26 @@ def heldout_frames(
     return frames
 
 
-def _shots(seed: int, aspect: float) -> Iterator[list[Picture]]:
-    """Yield shots without end; the first four have one hero each in the lead."""
-    openers = list(generator(seed, "film openers").permutation(list(HEROES)))
+def _shots(seed: int, aspect: float, heroes: Mapping[str, Traits]) -> Iterator[list[Picture]]:
+    """Yield shots without end; the first ones have each hero in the lead once."""
+    openers = list(generator(seed, "film openers").permutation(list(heroes)))
+    shares = zip_longest(heroes, _LEADS[: len(heroes)], fillvalue=_LEADS[-1])
+    leads = [str(name) for name, share in shares for _ in range(int(share))]
     for number in range(1_000_000):
         rng = generator(seed, "film shot", number)
-        lead = str(openers[number]) if number < len(openers) else pick(rng, _LEADS)
-        yield _shot(rng, lead, aspect)
+        lead = str(openers[number]) if number < len(openers) else pick(rng, leads)
+        yield _shot(rng, lead, aspect, heroes)
 
 
-def _shot(rng: np.random.Generator, lead: str, aspect: float) -> list[Picture]:
+def _shot(
+    rng: np.random.Generator, lead: str, aspect: float, heroes: Mapping[str, Traits]
+) -> list[Picture]:
     scene = random_scene(rng, camera=pick(rng, _CAMERAS))
-    moments = [random_moment(rng, lead, HEROES[lead], scene.camera)]
+    moments = [random_moment(rng, lead, heroes[lead], scene.camera)]
     if scene.camera != "close-up":
-        others = [name for name in HEROES if name != lead]
+        others = [name for name in heroes if name != lead]
         for name in rng.permutation(others)[: int(rng.choice(4, p=(0.62, 0.26, 0.08, 0.04)))]:
-            moments.append(random_moment(rng, str(name), HEROES[str(name)], scene.camera))
+            moments.append(random_moment(rng, str(name), heroes[str(name)], scene.camera))
         if scene.camera == "wide" and rng.random() < 0.4:
             moments.append(random_moment(rng, "", random_traits(rng), scene.camera))
     cast = stage(rng, moments, scene.camera, aspect)
@@ -130,11 +151,11 @@ def _shot(rng: np.random.Generator, lead: str, aspect: float) -> list[Picture]:
     return frames
 
 
-def _takes(n_frames: int, seed: int, aspect: float) -> list[Take]:
+def _takes(n_frames: int, seed: int, aspect: float, heroes: Mapping[str, Traits]) -> list[Take]:
     """Return the usable takes in order, with the unusable ones scattered among them."""
     pictures: list[Picture] = []
-    longest = max(1, n_frames // len(HEROES))
-    for shot in _shots(seed, aspect):
+    longest = max(1, n_frames // len(heroes))
+    for shot in _shots(seed, aspect, heroes):
         pictures += shot[:longest]
         if len(pictures) >= n_frames:
             break
