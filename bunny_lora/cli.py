@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A run that was stopped returns 128 + the signal's number, as a shell does: 130 or 143.
     """
+    _never_die_of_a_letter()
     try:
         options = build_parser().parse_args(arguments)
         with ranks.quiet_unless_main():
@@ -49,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bunny-lora: stopped; the checkpoints written so far are whole.", file=sys.stderr)
         return 130
     return 0
+
+
+def _never_die_of_a_letter() -> None:
+    """Write what the terminal's encoding lacks as Python's escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,7 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=typed, help="YAML file; default: your data's or the demo's")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="training.seed=1; repeatable"
+        "--set",
+        action="append",
+        type=as_text,
+        default=[],
+        metavar="KEY=VALUE",
+        help="training.seed=1; repeatable",
     )
     return parser
 
@@ -117,7 +131,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--base-model", type=typed_or_name, help="default: the one the run was trained on"
     )
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", help="repeatable")
+    prompts.add_argument("--prompt", action="append", type=as_text, help="repeatable")
     prompts.add_argument("--prompts", type=typed, metavar="FILE", help="one a line; needs --out")
     parser.add_argument(
         "--out",
@@ -125,7 +139,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=new,
         help="PNG file (out.png) or folder; --prompts: a folder, the same command goes on in it",
     )
-    parser.add_argument("--negative-prompt")
+    parser.add_argument("--negative-prompt", type=as_text)
     parser.add_argument("--seed", type=int, action="append", help="repeatable; default 42")
     parser.add_argument(
         "--steps", type=int, help="denoising steps; default: as the run recommends, or 25"
@@ -266,6 +280,16 @@ def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, 
         if key in recommended and key not in typed_settings
     ]
     return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
+
+
+def as_text(argument: str) -> str:
+    """Return a typed text that the locale could not decode as the UTF-8 that it mostly is."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return os.fsencode(argument).decode()
+    return argument
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -18,9 +18,9 @@ import torch
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
-from bunny_lora.data.captions import name_first
+from bunny_lora.data.captions import name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
-from bunny_lora.data.frames import Sample, Unused, unseen
+from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
 from bunny_lora.data.images import Finder, crop_around, open_rgb
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
@@ -50,7 +50,8 @@ __all__ = [
 class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
     """Pictures of a prepared folder, in the order of its `metadata.jsonl`, cut to size.
 
-    `samples[i]` says what is known of picture i. Item i is float32 [3, H, W] in [-1, 1]. With
+    `samples[i]` says what is known of picture i, and `face_names[i]` whose its faces are, where they
+    were tied to names, see `training.faces`. Item i is float32 [3, H, W] in [-1, 1]. With
     `center_crop`, H = W = `resolution`. Without it, the shorter side is `resolution` and the longer one
     the nearest multiple of 8, a latent pixel.
     """
@@ -78,24 +79,37 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
                 missing.
         """
         self.resolution, self.center_crop = resolution, center_crop
+        self.face_names: list[FaceNames] | None = None
         if isinstance(data_dir, Path):
             data_dir = read_samples(data_dir, instance_prompt)
         self.samples = list(data_dir)
         if tokenizer is not None:
             self.samples = [fitted(sample, tokenizer) for sample in self.samples]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Everybody who is named as being in one of the pictures."""
+        return frozenset(name for sample in self.samples for name in sample.characters)
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self._read(index, self._cut)
+        return self._pixels(self._open(index, self._cut))
 
-    def _read(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> torch.Tensor:
+    def face(self, index: int, face: int, scale: float) -> Image.Image:
+        """Return the square around a face of a picture, so many times as wide as its box."""
+        box = self.samples[index].faces[face]
+        return self._open(index, lambda image: crop_around(image, box, scale))
+
+    def _open(self, index: int, cut: Callable[[Image.Image], Image.Image]) -> Image.Image:
         path = self.samples[index].path
         try:
-            image = cut(open_rgb(path))
+            return cut(open_rgb(path))
         except Exception as error:  # Pillow's decoders raise whatever they trip over.
             raise BunnyLoraError(f"Could not read {path}: {error}. Prepare the data again.") from error
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32) / 127.5 - 1.0
 
@@ -115,18 +129,40 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             for sample in self.samples
         ]
 
-    def can_zoom(self, index: int) -> bool:
-        """Whether it is clear who would be seen from near: one name in the picture, and one face."""
+    def faces_to_zoom(self, index: int) -> list[int]:
+        """Return which faces of a picture are known by name, so that it is clear who would be seen."""
+        if self.face_names is None:
+            return [0] if self.samples[index].is_sure else []
+        return [face for face, name in enumerate(self.face_names[index]) if name]
+
+    def zoomed(self, index: int, face: int = 0) -> torch.Tensor:
+        """Return the square around a face of a picture, [3, resolution, resolution]."""
+        near = self.face(index, face, FACE_TO_ZOOM)
+        return self._pixels(near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS))
+
+    def caption(self, index: int) -> str:
+        """Return what item `index` shows: with `center_crop`, nobody whose face was cut off."""
         sample = self.samples[index]
-        return len(sample.characters) == 1 and len(sample.faces) == 1
+        if self.face_names is None or not self.center_crop or not sample.size:
+            return sample.caption
+        margins = [(length - min(sample.size)) / 2 for length in sample.size]
+        unseen = {
+            name
+            for name, (x1, y1, x2, y2) in zip(self.face_names[index], sample.faces, strict=True)
+            for middle, margin, length in zip(
+                ((x1 + x2) / 2, (y1 + y2) / 2), margins, sample.size, strict=True
+            )
+            if name and not margin <= middle <= length - margin
+        }
+        return name_only(sample.caption, self.names - unseen, unseen)
 
-    def zoomed(self, index: int) -> torch.Tensor:
-        """Return the square around the only face of a picture, [3, resolution, resolution]."""
-        return self._read(index, lambda image: self._around(image, self.samples[index].faces[0]))
-
-    def _around(self, image: Image.Image, face: Sequence[float]) -> Image.Image:
-        near = crop_around(image, face, FACE_TO_ZOOM)
-        return near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS)
+    def zoomed_caption(self, index: int, face: int) -> str:
+        """Return what `zoomed` shows; the picture's own caption where faces were not tied to names."""
+        sample = self.samples[index]
+        name = self.face_names[index][face] if self.face_names is not None else None
+        if name is None:
+            return sample.caption
+        return near_caption(sample.caption, name, self.names - {name})
 
     def _cut(self, image: Image.Image) -> Image.Image:
         if self.center_crop:

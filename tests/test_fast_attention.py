@@ -72,8 +72,8 @@ def test_outputs_and_gradients_are_those_of_torch(size, dtype):
     ours = results(attention, inputs, grad)
     assert all(x.dtype == dtype for x in ours)
     lengths = [x.norm().item() for x in exact]
-    for mine, true, length in zip(ours, exact, lengths, strict=True):
-        assert distance(mine, true) < TOLERANCE[dtype] or length < 1e-6, size
+    for local_shard, true, length in zip(ours, exact, lengths, strict=True):
+        assert distance(local_shard, true) < TOLERANCE[dtype] or length < 1e-6, size
 
 
 def test_large_and_equal_scores_neither_overflow_nor_vanish():
@@ -82,8 +82,8 @@ def test_large_and_equal_scores_neither_overflow_nor_vanish():
     for scale in (0.0, 100.0):
         inputs = [scale * query, key, value]
         exact = results(scaled_dot_product_attention, [x.double() for x in inputs], grad.double())
-        for mine, true in zip(results(attention, inputs, grad), exact, strict=True):
-            torch.testing.assert_close(mine.double(), true, rtol=1e-3, atol=1e-3)
+        for local_shard, true in zip(results(attention, inputs, grad), exact, strict=True):
+            torch.testing.assert_close(local_shard.double(), true, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)

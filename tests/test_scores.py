@@ -68,7 +68,9 @@ def test_no_difference_is_no_signed_nothing():
     result = make_result(["rex"])
     result.differences.all.fidelity = Interval(mean=-1e-5, low=-2e-5, high=1e-5, n=4)
     result.models["final"] = result.models["base"]
-    assert "fidelity: 0.000 (95 %: 0.000 to 0.000)" in report.scores_table(result)
+    result.drift.mean = -1e-5
+    assert "fidelity: 0.000 (95 %: 0.000 to 0.000)" in (table := report.scores_table(result))
+    assert "drift of prompts without a name 0.000" in table
     low, high = report.scores_chart(result).axes[0].get_xlim()
     assert high - low >= scores.MIN_SPAN
 

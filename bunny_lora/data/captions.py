@@ -42,6 +42,13 @@ NOBODY = re.compile(
 SEVERAL = re.compile(r"\s*[,;&]\s*(?:and\s+)?|\s+and\s+")
 # Of scripts that part their words: "rex" is in a Japanese sentence, but not in "trex".
 LETTER = r"[^\W\u0e00-\u0eff\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+# Words for a picture taken from further away than a crop around a face is.
+FAR = re.compile(
+    r"(?<!\w)(?:(?:extreme|very|ultra)[- ])?(?:(?:wide|long|full|distant|establishing)[- ]"
+    r"(?:angle[- ])?(?:shot|view)|from (?:far away|afar|a distance))(?!\w)",
+    re.IGNORECASE,
+)
+NEAR = "medium shot"  # a head, and most of a cartoon body
 
 Box = tuple[float, float, float, float]
 
@@ -111,6 +118,28 @@ def without_names(caption: str, names: Collection[str]) -> str:
         if part.strip(f",{WIDE}"):
             parts.append(part)
     return "".join(parts).lstrip(f",{WIDE} ")
+
+
+def name_only(caption: str, seen: Collection[str], unseen: Collection[str]) -> str:
+    """Return a caption for a part of its picture: a part that names only who is not seen goes whole.
+
+    Where a part names both, the others' names are taken out.
+    """
+    parts = [
+        part
+        for part in caption_parts(caption)
+        if not _names_any(part, unseen) or _names_any(part, seen)
+    ]
+    return without_names("".join(parts).lstrip(f",{WIDE} "), unseen)
+
+
+def _names_any(text: str, names: Collection[str]) -> bool:
+    return any(find_name(text, name) for name in names)
+
+
+def near_caption(caption: str, name: str, others: Collection[str]) -> str:
+    """Return a caption for a view from near that shows one of its characters alone."""
+    return FAR.sub(NEAR, name_only(caption, [name], others))
 
 
 def _names(value: Any) -> Any:

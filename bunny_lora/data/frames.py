@@ -8,6 +8,9 @@ from pathlib import Path
 
 from bunny_lora.data.captions import Box, clean, names_in
 
+FaceNames = tuple[str | None, ...]
+"""Who each face of a picture is, in the order of its boxes; None where nobody can tell."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -44,6 +47,11 @@ class Sample:
         found = names_in(self.caption, [clean(name).lower() for name in names])
         characters = tuple(dict.fromkeys((*self.characters, *found)))
         return self if characters == self.characters else replace(self, characters=characters)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there is no doubt who is seen: one name, and one face."""
+        return len(self.characters) == 1 and len(self.faces) == 1
 
 
 def unseen(names: Sequence[str], samples: Sequence[Sample]) -> list[str]:

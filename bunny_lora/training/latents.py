@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
-from bunny_lora.data.captions import caption_parts, find_name
+from bunny_lora.data.captions import caption_parts, find_name, name_only
+from bunny_lora.data.frames import FaceNames
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 
@@ -40,22 +41,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """One way of seeing image `index`: whole or from near, as it is or mirrored."""
+    """One way of seeing image `index`: whole or one of its faces from near, as it is or mirrored."""
 
     index: int
     zoomed: bool
     mirrored: bool
+    face: int = field(default=0, repr=False)  # The cache's key has the face's box instead.
 
 
 @dataclass(frozen=True)
 class EncodedView:
     """A view as latents: mean and standard deviation, float32 [2, 4, H/8, W/8].
 
-    `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already.
+    `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already. `face_names`
+    say whose they are, if anybody knows. `caption` is None where it is the sample's own.
     """
 
     latent_dist: torch.Tensor
     faces: list[list[float]]
+    caption: str | None = None
+    face_names: FaceNames = ()
+
+    def unseen(self, left: int, top: int, side: int) -> set[str]:
+        """Return who has a face, and has its middle outside a square: not of those without one."""
+        return {
+            name
+            for name, (x1, y1, x2, y2) in zip(self.face_names, self.faces, strict=False)
+            if name and not (0 <= (x1 + x2) / 2 - left <= side and 0 <= (y1 + y2) / 2 - top <= side)
+        }
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,11 @@ class EncodedImages:
         """What the samples are trained on, in full."""
         return [sample.caption for sample in self.samples]
 
+    @property
+    def view_captions(self) -> list[str]:
+        """What single views of them are trained on instead."""
+        return [view.caption for views in self.views for view in views if view.caption is not None]
+
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
         repeats = self.repeats or [1] * len(self.samples)
@@ -97,15 +115,19 @@ class EncodedImages:
         view = views[int(torch.randint(len(views), (), generator=random))]
         mean, std = view.latent_dist
         latents = mean + std * torch.randn(mean.shape, generator=random)
-        latents = self._crop(latents, view.faces, random)
+        left, top = self._place(latents, view.faces, random)
+        latents = latents[:, top : top + self.latent_size, left : left + self.latent_size]
         noise = torch.randn(latents.shape, generator=random)
         timestep = torch.randint(num_train_timesteps, (), generator=random)
-        return latents, noise, timestep, self._thinned(self.samples[index].caption, random)
+        caption = self.samples[index].caption if view.caption is None else view.caption
+        if unseen := view.unseen(left, top, self.latent_size):
+            caption = name_only(caption, self.names - unseen, unseen)
+        return latents, noise, timestep, self._thinned(caption, random)
 
-    def _crop(
+    def _place(
         self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
-    ) -> torch.Tensor:
-        """Cut a random square out of latents of a whole frame: around all faces, or else around one.
+    ) -> tuple[int, int]:
+        """Return left and top of a random square in a whole frame: around all faces, or else one.
 
         A caption that names two and a square that shows one would teach that either name will do.
         """
@@ -117,8 +139,7 @@ class EncodedImages:
             if max(math.ceil(x2) - math.floor(x1), math.ceil(y2) - math.floor(y1)) > self.latent_size:
                 x1, y1, x2, y2 = faces[int(torch.randint(len(faces), (), generator=random))]
         top = self._offset(y1, y2, height, random)
-        left = self._offset(x1, x2, width, random)
-        return latents[:, top : top + self.latent_size, left : left + self.latent_size]
+        return self._offset(x1, x2, width, random), top
 
     def _offset(self, low: float, high: float, length: int, random: torch.Generator) -> int:
         """Return the start of a random window that holds `low` to `high`, or lies in it if longer."""
@@ -156,7 +177,9 @@ class _Pixels(Dataset):
 
     def __getitem__(self, item: int) -> torch.Tensor:
         view = self.views[item]
-        pixel_values = self.images.zoomed(view.index) if view.zoomed else self.images[view.index]
+        pixel_values = (
+            self.images.zoomed(view.index, view.face) if view.zoomed else self.images[view.index]
+        )
         return pixel_values.flip(-1) if view.mirrored else pixel_values
 
 
@@ -180,7 +203,8 @@ def encode_dataset(
         images: what to encode; the files' bytes and the crop are part of the key.
         cache_dir: holds one safetensors file a key; it may be deleted at any time.
         random_flip: encode the mirror images too.
-        zoom_on_faces: encode the square around the face too, where there is one name and one face.
+        zoom_on_faces: encode the square around each face that is known by name, too; an image is
+            drawn from near as often as whole.
         tag_dropout: share of a caption's parts, between commas, left out at random, but for the
             first and those with a name of `images.characters`.
         num_workers: processes that decode images, as in torch's `DataLoader`.
@@ -188,13 +212,7 @@ def encode_dataset(
         repeats: how often each image comes in an epoch.
         stream: names the random numbers that samples are drawn with.
     """
-    views = [
-        View(index, zoomed, mirrored)
-        for index in range(len(images))
-        for zoomed in (False, True)
-        if not zoomed or (zoom_on_faces and images.can_zoom(index))
-        for mirrored in ((False, True) if random_flip else (False,))
-    ]
+    views = _views(images, random_flip=random_flip, zoom_on_faces=zoom_on_faces)
     path = cache_dir / f"{_key(vae, images, views)}.safetensors"
     if not path.is_file():
         loader = DataLoader(
@@ -208,13 +226,36 @@ def encode_dataset(
         with files.atomic_path(path) as part:
             save_file(tensors, part)
     tensors = load_file(path)
-    encoded: list[list[EncodedView]] = [[] for _ in range(len(images))]
+    whole: list[list[EncodedView]] = [[] for _ in range(len(images))]
+    near: list[list[EncodedView]] = [[] for _ in range(len(images))]
     for i, view in enumerate(views):
-        latent_dist = tensors[f"{i:06d}"]
-        encoded[view.index].append(EncodedView(latent_dist, _faces_in(view, images, latent_dist)))
-    names = frozenset(name for sample in images.samples for name in sample.characters)
+        encoded = _encoded_view(view, images, tensors[f"{i:06d}"])
+        (near if view.zoomed else whole)[view.index].append(encoded)
+    # The whole image once for each face, so that it is drawn as often as all of them.
+    drawn = [w * max(1, len(n) // len(w)) + n for w, n in zip(whole, near, strict=True)]
     side = images.resolution // 8
-    return EncodedImages(images.samples, encoded, side, stream, tag_dropout, repeats, names)
+    return EncodedImages(images.samples, drawn, side, stream, tag_dropout, repeats, images.names)
+
+
+def _views(images: ImageDataset, *, random_flip: bool, zoom_on_faces: bool) -> list[View]:
+    mirrorings = (False, True) if random_flip else (False,)
+    views = []
+    for index in range(len(images)):
+        views += [View(index, False, mirrored) for mirrored in mirrorings]
+        if zoom_on_faces:
+            faces = images.faces_to_zoom(index)
+            views += [View(index, True, mirrored, face) for face in faces for mirrored in mirrorings]
+    return views
+
+
+def _encoded_view(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> EncodedView:
+    own = images.samples[view.index].caption
+    caption = (
+        images.zoomed_caption(view.index, view.face) if view.zoomed else images.caption(view.index)
+    )
+    faces = _faces_in(view, images, latent_dist)
+    names = images.face_names[view.index] if faces and images.face_names is not None else ()
+    return EncodedView(latent_dist, faces, None if caption == own else caption, names)
 
 
 def _faces_in(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> list[list[float]]:
@@ -241,8 +282,8 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
 def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
     digest = hashlib.sha256(files.sha256(*(sample.path for sample in images.samples)).encode())
     digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
-    zoomed = [images.samples[view.index].faces for view in views if view.zoomed]
-    digest.update(repr([[list(box) for box in faces] for faces in zoomed]).encode())
+    zoomed = [[list(images.samples[v.index].faces[v.face])] for v in views if v.zoomed]
+    digest.update(repr(zoomed).encode())
     digest.update(str(vae.config.scaling_factor).encode())
     for name, tensor in vae.state_dict().items():
         digest.update(name.encode())

@@ -18,10 +18,12 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, targets
 from bunny_lora.model.components import Components
 from bunny_lora.model.formats import LoRA
+from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import reading
 from bunny_lora.training import checkpoint, class_images, fingerprint, memory, optim
 from bunny_lora.training.checkpoint import TrainingState
 from bunny_lora.training.distributed import ProcessGroup
+from bunny_lora.training.faces import tie_faces
 from bunny_lora.training.latents import EncodedImages, encode_dataset
 from bunny_lora.training.objective import Learner
 from bunny_lora.training.resume import Start
@@ -167,6 +169,9 @@ def _encode(
         center_crop=config.center_crop,
         tokenizer=parts.tokenizer,
     )
+    if config.face_encoder is not None and stream == "training":
+        encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
+        images.face_names = tie_faces(images, encoder)
     return encode_dataset(
         parts.vae,
         images,
