@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test torture notebooks schema lint lab lock clean
+.PHONY: help demo test torture readers notebooks schema lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -52,6 +52,16 @@ test: lint ## Lint, types, fast tests, and the notebooks at smoke size
 
 torture: $(INSTALLED) ## Kill training 55 times, resume, and compare every byte; about ten minutes
 	$(BIN)/python tests/torture.py --kills 50 --papermill 5
+
+# Beside .venv, so that what they bring never reaches it; stable-diffusion.cpp is compiled, which takes
+# cmake, a C++ compiler and some minutes.
+READERS := .readers
+$(READERS):
+	CMAKE_ARGS="-DSD_WEBP=OFF -DSD_WEBM=OFF" $(PIP) install --no-deps --target $@ \
+	    stable-diffusion-cpp-python==0.4.7 lycoris-lora==4.1.3 einops==0.8.2 toml==0.10.2
+
+readers: $(INSTALLED) | $(READERS) ## Have other programs draw with what we export, and compare
+	PYTHONPATH=$(READERS) $(BIN)/python tests/readers.py
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ ROWS_A_SHEET, COLUMNS_A_SHEET = 12, 6
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one a line, without empty lines and those that "#" opens.
+    """Return the prompts of a text file, one a line, without empty lines and comments.
+
+    A comment is a "#" with a space after it, or nothing: "#ffcc00 sky" is a prompt.
 
     Raises:
         BunnyLoraError: no such file, no text, or no prompt in it.
@@ -36,7 +39,10 @@ def read_prompts(path: Path) -> list[str]:
         lines = resolve(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BunnyLoraError(f"The prompts in {path} cannot be read: {error}.") from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    lines = [line.strip() for line in lines if line.strip()]
+    prompts = [line for line in lines if not re.match(r"#+(\s|$)", line)]
+    if n_comments := len(lines) - len(prompts):
+        print(f"{n_comments} of {len(lines)} lines in {path.name} begin with # and a space: comments.")
     if not prompts:
         raise BunnyLoraError(f"There is no prompt in {path}: write one a line.")
     return prompts

@@ -232,6 +232,7 @@ def _download(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from bunny_lora import batch, inference
     from bunny_lora.core.progress import progress
+    from bunny_lora.model.prompts import doubts
     from bunny_lora.training import distributed
 
     if options.prompts and not options.out:
@@ -250,6 +251,8 @@ def _generate(options: argparse.Namespace) -> None:
     }
     settings = {key: value for key, value in typed_settings.items() if value is not None}
     print(_recommendation(pipe, settings), end="")
+    for doubt in doubts([*prompts, options.negative_prompt or ""], pipe.tokenizer):
+        print(doubt)
     if options.prompts:
         made_by = batch.weights_identity(options.base_model, weights)
         with distributed.process_group(pipe.device) as group:

@@ -63,10 +63,12 @@ def test_contact_sheets_hold_a_dozen_prompts_each(
     assert open_image(tmp_path / sheets[0]).height > open_image(tmp_path / sheets[1]).height
 
 
-def test_prompts_come_from_lines_of_text(tmp_path: Path) -> None:
+def test_prompts_come_from_lines_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("\ufeff# heroes\nellie, waving\n\n  rex in snow  \n", encoding="utf-8")
-    assert batch.read_prompts(file) == ["ellie, waving", "rex in snow"]
+    text = "\ufeff# heroes\nellie, waving\n\n  rex in snow  \n#\n## more\n#ffcc00 sky, #1 hero"
+    file.write_text(text, encoding="utf-8")
+    assert batch.read_prompts(file) == ["ellie, waving", "rex in snow", "#ffcc00 sky, #1 hero"]
+    assert "3 of 6 lines in prompts.txt" in capsys.readouterr().out
     file.write_text("# nothing yet\n")
     with pytest.raises(BunnyLoraError, match="no prompt in"):
         batch.read_prompts(file)

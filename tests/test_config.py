@@ -209,10 +209,10 @@ def test_a_value_for_a_section_is_refused_in_words(value):
         ({"training": {"Learning-Rate": 1e-4}}, "did you mean training.learning_rate?"),
         ({"traning": {"seed": 1}}, "traning: unknown key; did you mean training?"),
         ({"LORA": {"rank": 1}}, "LORA: unknown key; did you mean lora?"),
-        ({"training": {"unet_lr": 1e-4}}, "did you mean training.learning_rate, one for UNet and text"),
+        ({"training": {"unet_lr": 1e-4}}, "did you mean training.learning_rate?"),
         (
             {"text_encoder_lr": 1e-4},
-            "did you mean training.learning_rate, one for UNet and text encoder?",
+            "did you mean training.text_encoder_learning_rate?",
         ),
         ({"network_dim": 4}, "did you mean lora.rank?"),
         ({"lora": {"network_alpha": 4}}, "did you mean lora.alpha?"),

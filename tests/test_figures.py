@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from bunny_lora.report import plot
+from bunny_lora.report import fonts, plot
 
 
 def texts(figure):
@@ -79,3 +79,26 @@ def test_items_are_spread_from_first_to_last(n, chosen):
 def test_long_text_is_shortened_with_an_ellipsis():
     assert plot.wrap("one two three four", 9, 2) == "one two\nthree …"
     assert plot.cut("abcdef", 4) == "abc…" and plot.cut("abcd", 4) == "abcd"
+
+
+def test_letters_are_drawn_with_a_font_that_has_them(capsys):
+    letter = "\N{LATIN SMALL LETTER D WITH PALATAL HOOK}"  # in STIX, which matplotlib brings
+    figure = plot.Plot(1.5, f"ellie {letter}")
+    assert_readable(figure)
+    assert len(figure.texts[0].get_fontfamily()) == 2
+    assert not capsys.readouterr().out
+
+
+def test_letters_that_no_font_has_are_said_to_be_boxes_once(capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    broken = ("broken", str(tmp_path / "broken.ttf"))
+    monkeypatch.setattr(fonts, "_regular_fonts", lambda: [broken])
+    figure = plot.Plot(1.5, "兔 waving")
+    figure.label(1, 1, "兔 again")
+    for _ in range(2):
+        plot.save_figure(figure, tmp_path / "figure.png")
+    assert capsys.readouterr().out.count("No font on this computer has 兔: boxes") == 1
+
+
+def test_wide_letters_take_two_places_of_a_line():
+    assert plot.wrap("兔兔兔兔 abc", 4, 3) == "兔兔\n兔兔\nabc"

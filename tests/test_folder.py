@@ -638,3 +638,49 @@ def test_what_of_captions_is_cut_is_said_with_the_names_in_it(folder, tiny_model
     crowd = [f"somebody called number {number}" for number in range(40)]
     fill(folder, d=", ".join(crowd))
     assert re.search(r"and in some a name: .*'somebody called number 39'", said("rex", *crowd))
+
+
+# --- messages that know their reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "absent"),
+    [
+        ("nonsense\n", r"1 invalid entry\. line 1: invalid entry: line 1 of metadata.jsonl", "confid"),
+        ('{"file_name": "b.png"}\n', r"1 missing frame\. b: missing frame: b.png\. Copy", "instance_p"),
+        ('{"file_name": "a.png"}\n', r"1 no caption\. a: no caption.*instance_prompt", "confid"),
+        ('{"file_name": "a.txt", "text": "x"}\n', r"1 broken image\. .*Save broken", "confid"),
+    ],
+)
+def test_what_helps_has_to_do_with_the_reason(folder, project, rows, message, absent):
+    if "a.png" in rows:
+        draw(folder / "a.png")
+    (folder / "a.txt").write_text(" ")
+    (folder / "metadata.jsonl").write_text(rows)
+    with pytest.raises(BunnyLoraError, match=message) as error:
+        prepare(read_source(folder), project / "data" / "images")
+    assert absent not in str(error.value)
+
+
+def test_low_confidence_is_helped_by_a_lower_bound(project):
+    run = run_of(project, [])
+    with pytest.raises(BunnyLoraError, match=r"1 low confidence\..*A lower min_confidence"):
+        prepare(read_source(run, min_confidence=1.1), project / "data" / "images")
+
+
+def test_only_what_can_be_trained_on_is_told_to_be(folder, project):
+    fill(folder, a="rex, waving")
+    data_dir = draw(project / "data" / "images" / "own.png").parent
+    with pytest.raises(BunnyLoraError, match=r"It has no captions.*name it as the source") as error:
+        prepare(read_source(folder), data_dir)
+    assert "go on without" not in str(error.value)
+    (data_dir / "own.txt").write_text("phil, waving")
+    with pytest.raises(BunnyLoraError, match="To train on it as it is, go on without preparing"):
+        prepare(read_source(folder), data_dir)
+
+
+def test_a_data_dir_inside_its_own_source_is_refused(folder):
+    fill(folder, a="rex, waving")
+    with pytest.raises(BunnyLoraError, match="lies in the source"):
+        prepare(read_source(folder), folder / "prepared")
+    assert not (folder / "prepared").exists()

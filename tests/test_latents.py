@@ -262,6 +262,21 @@ def test_parts_of_captions_are_left_out_but_never_the_first(vae: AutoencoderKL, 
     assert torch.equal(whole.batch(0, 0, 20, 1000).noise, encoded.batch(0, 0, 20, 1000).noise)
 
 
+def test_whole_captions_are_left_out_and_nothing_else_changes(vae: AutoencoderKL, folder: Path) -> None:
+    cache = folder.parent / "cache"
+    options = {"tag_dropout": 0.3, "random_flip": True}
+    images = ImageDataset(folder, resolution=32, center_crop=False)
+    plain, dropping = (
+        latents.encode_dataset(vae, images, cache, caption_dropout=chance, **options)
+        for chance in (0.0, 0.25)
+    )
+    before, now = (encoded.batch(0, 0, 400, 1000) for encoded in (plain, dropping))
+    assert "" not in before.captions and 0.2 < now.captions.count("") / 400 < 0.3
+    assert all(b in ("", a) for a, b in zip(before.captions, now.captions, strict=True))
+    assert torch.equal(before.latents, now.latents) and torch.equal(before.noise, now.noise)
+    assert dropping.batch(0, 100, 9, 1000).captions == now.captions[100:109]
+
+
 def test_a_part_with_a_known_name_is_never_left_out(vae: AutoencoderKL, folder: Path) -> None:
     images = ImageDataset(folder, resolution=32, center_crop=True)
     caption = "ellie, snow, Rex the fox, trex, phil"

@@ -97,6 +97,15 @@ def test_a_checkpoint_is_in_half_precision_and_says_what_it_is(checkpoint: Path,
     assert not [name for name in state if name.startswith("cond_") and not name.startswith(start)]
 
 
+def test_stable_diffusion_1_has_as_many_tensors_as_its_published_file() -> None:
+    """The UNet 686, the VAE 248, CLIP 196: v1-5-pruned-emaonly.safetensors, but for position_ids."""
+    with torch.device("meta"):
+        pipe = random_models.build_pipeline(random_models.SD1)
+    names = list(ldm.tensors(pipe))
+    counts = [sum(name.startswith(start) for name in names) for start in ldm.PREFIXES.values()]
+    assert counts == [686, 248, 196] and ldm.is_full(pipe.unet)
+
+
 def test_bk_sdm_tiny_has_the_names_that_stable_diffusion_cpp_knows() -> None:
     """Its numbers leave out those that the blocks of full Stable Diffusion would have."""
     with torch.device("meta"):

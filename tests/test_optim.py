@@ -43,6 +43,33 @@ def test_schedules_are_their_formulas() -> None:
     assert warm == pytest.approx([min(1, step / 4) for step in range(N_STEPS)])
 
 
+def test_the_text_encoder_has_a_rate_of_its_own_on_the_same_schedule(
+    tiny_model: str, project: Path
+) -> None:
+    """Adam's first steps move each weight by about the learning rate."""
+    draw_frames(project / "data" / "instance_images", 3)
+    training = {"lr_scheduler": "linear", "max_train_steps": 2, "save_steps": 1}
+    for own, wanted in ((None, 1e-3), (1e-5, 1e-5), (1e-2, 1e-2)):
+        trainer = LoRATrainer(
+            config=tiny_config(
+                tiny_model,
+                output_dir=f"run-{own}",
+                lora={"train_text_encoder": True},
+                training=training | {"text_encoder_learning_rate": own},
+            )
+        )
+        for _ in trainer.steps():
+            break
+        moved = {
+            part: max(p.abs().max().item() for name, p in model.named_parameters() if "lora_B" in name)
+            for part, model in trainer.setup.state.models.items()
+        }
+        assert moved["unet"] == pytest.approx(1e-3, rel=0.1)
+        assert moved["text_encoder"] == pytest.approx(wanted, rel=0.1)
+        rates = trainer.setup.state.lr_scheduler.get_last_lr()
+        assert rates == pytest.approx([0.5e-3] if own is None else [0.5e-3, own / 2])
+
+
 def test_weight_decay_shrinks_what_no_gradient_holds_up() -> None:
     for decay in (0.0, 0.5):
         parameter = torch.nn.Parameter(torch.ones(1))
@@ -63,6 +90,7 @@ def test_weight_decay_shrinks_what_no_gradient_holds_up() -> None:
         ({"lr_scheduler": "cosine", "lr_num_cycles": 3}, "lr_num_cycles: 3 .*cosine_with_restarts"),
         ({"lr_scheduler": "linear", "lr_power": 2.0}, r"lr_power: 2\.0 .*polynomial"),
         ({"lr_scheduler": "cosine_with_restarts"}, "is cosine: set training.lr_num_cycles"),
+        ({"text_encoder_learning_rate": 1e-5}, "text_encoder_learning_rate does nothing with lora"),
         ({"lr_scheduler": "polynomial"}, "is linear: set another training.lr_power"),
     ],
 )
@@ -107,4 +135,5 @@ def test_the_schedule_is_said_in_a_line() -> None:
     assert (
         said(lr_scheduler="linear", lr_warmup_steps=9) == "0.0001, linear, rising in the first 9 steps"
     )
+    assert said(text_encoder_learning_rate=1e-5) == "0.0001 (text encoder 1e-05), constant"
     assert said(lr_scheduler="polynomial", lr_power=2.5) == "0.0001, polynomial, power 2.5"

@@ -468,3 +468,17 @@ def test_leaving_out_parts_where_there_are_none_is_said(
     table.write_text(table.read_text().replace("ellie, ", "ellie "))
     train(tiny_model, training={"max_train_steps": 1, "caption_tag_dropout": 0.5})
     assert "caption_tag_dropout does nothing" in capsys.readouterr().out
+
+
+def test_captions_of_training_are_dropped_whole_and_those_of_class_images_are_not(
+    tiny_model: str, data: Path
+) -> None:
+    prior = {"enabled": True, "num_class_images": 1, "class_data_dir": "class"}
+    training = {"caption_dropout": 0.5}
+    trainer = LoRATrainer(config=tiny_config(tiny_model, prior_preservation=prior, training=training))
+    trainer.load()
+    learner = trainer.setup.learner
+    dropped = [images.batch(0, 0, 50, 1000).captions.count("") for images in
+               (learner.images, learner.class_images)]  # fmt: skip
+    assert 15 < dropped[0] < 35 and dropped[1] == 0
+    assert "" in learner.encode.known, "encoded once while the text encoder is frozen"

@@ -1,5 +1,6 @@
 """The two models that judge pictures of Bunny World: reader and CLIP."""
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -22,17 +23,19 @@ from bunny_lora.world.pretraining.clip import (
     same_hero_auc,
     view,
 )
+from bunny_lora.world.pretraining.data import as_rows
 from bunny_lora.world.pretraining.reader import (
-    QUESTIONS,
-    load_reader,
+    faces_of,
+    labels_of,
     pretrain_reader,
+    reader_picture,
     shares_right,
     single_picture,
-    truth,
 )
+from bunny_lora.world.traits import QUESTIONS, close_up, load_reader
 
 SMALL = {"size": 32, "batch_size": 4, "max_steps": 4, "evaluate_every": 2, "report": lambda _: None}
-READER = SMALL | {"widths": (8, 8), "n_pictures": 20, "n_heldout": 4}
+READER = SMALL | {"n_pictures": 20, "n_heldout": 4}
 CLIP = SMALL | {"width": 16, "n_layers": 1, "n_characters": 12, "n_heldout": 3}
 
 
@@ -40,34 +43,68 @@ def test_a_reader_resumes_reads_and_is_loaded_again(tmp_path):
     whole = pretrain_reader(tmp_path / "whole", **READER)
     pretrain_reader(tmp_path / "parts", **READER, stop_at=2)
     parts = pretrain_reader(tmp_path / "parts", **READER)
-    first, second = load_file(whole), load_file(parts)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
     reader = load_reader(whole)
-    answers = reader.read(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
-    for name, known in QUESTIONS.items():
-        assert answers[name].shape == (3,) and int(answers[name].max()) < len(known)
+    read = reader.read(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert {name: row.shape for name, row in read.items()} == {
+        name: (3, len(answers)) for name, answers in QUESTIONS.items()
+    }
+    for row in read.values():
+        torch.testing.assert_close(row.sum(1), torch.ones(3))
+    shares = json.loads((whole / "accuracy.json").read_text())
+    assert shares["n_images_per_camera"] == READER["n_heldout"]
+    for kind in ("renders", "reconstructions"):
+        assert shares[kind].keys() == set(attributes.CAMERAS)
+        assert all(0 <= share <= 1 for row in shares[kind].values() for share in row.values())
 
 
-def test_the_truth_is_what_the_picture_shows():
-    picture = single_picture(0, 3, camera="wide")
-    (character,) = picture.characters
-    assert picture.scene.camera == "wide"
-    answers = [known[i] for known, i in zip(QUESTIONS.values(), truth(picture), strict=True)]
-    traits = character.traits
-    assert answers == [traits.species, traits.fur, picture.scene.place, character.pose, traits.outfit]
+def test_a_close_up_holds_the_face_alike_from_near_and_far():
+    rows = [as_rows(reader_picture(1, 2, camera), 128) for camera in attributes.CAMERAS]
+    faces = faces_of(np.stack(rows))
+    assert faces[0, 2] > faces[1, 2] > faces[2, 2] > 0.1
+    maps = torch.from_numpy(np.stack(rows)[:, 3:]).float()
+    shares = (close_up(maps, faces) > 2.5).float().mean((1, 2, 3))
+    assert shares.min() > 0.08 and shares.max() / shares.min() < 1.2
+    middle = close_up(maps, faces - torch.tensor([0.0, 0.3, 0.0]) * faces[:, 2:])[:, 0, 40, 40]
+    assert (middle > 2.5).all()
 
 
-def test_nobody_is_asked_what_a_sleeper_wears():
-    pictures = [single_picture(0, index) for index in range(60)]
-    right = torch.tensor([truth(picture) for picture in pictures])
-    asleep = torch.tensor([picture.characters[0].pose == "sleeping" for picture in pictures])
-    assert 0 < asleep.sum() < 60
-    answers = {name: right[:, column].clone() for column, name in enumerate(QUESTIONS)}
-    answers["outfit"][asleep] += 1
-    assert set(shares_right(answers, pictures).values()) == {1.0}
-    answers["species"][:30] += 1
-    answers["outfit"][~asleep] += 1
-    shares = shares_right(answers, pictures)
+def test_the_reader_learns_from_all_traits_half_of_them_at_a_medium_distance():
+    pictures = [reader_picture(0, index) for index in range(400)]
+    labels = labels_of(pictures)
+    for column, answers in enumerate(QUESTIONS.values()):
+        assert set(labels[:, column].tolist()) - {-100} == set(range(len(answers)))
+    cameras = [picture.scene.camera for picture in pictures]
+    assert 160 < cameras.count("medium") < 240 < 400 - cameras.count("wide")
+    assert reader_picture(0, 3, "wide").scene.camera == "wide"
+
+
+def test_nobody_is_asked_what_cannot_be_seen():
+    pictures = [reader_picture(0, index) for index in range(200)]
+    right = labels_of(pictures)
+    read = {
+        name: torch.nn.functional.one_hot(right[:, column].clamp(min=0), len(answers)).float()
+        for column, (name, answers) in enumerate(QUESTIONS.items())
+    }
+    people = [picture.characters[0] for picture in pictures]
+    asleep = torch.tensor([person.pose == "sleeping" for person in people])
+    laughing = torch.tensor([person.expression == "laughing" for person in people])
+    bare = torch.tensor([person.traits.outfit == "none" for person in people])
+    unmarked = torch.tensor([person.traits.mark == "none" for person in people])
+    for name, hidden in {
+        "eyes": asleep | laughing,
+        "outfit": asleep,
+        "outfit_colour": asleep | bare,
+        "mark_colour": unmarked,
+        "species": torch.zeros(200, dtype=torch.bool),
+    }.items():
+        assert torch.equal(right[:, list(QUESTIONS).index(name)] == -100, hidden), name
+        read[name][hidden] = read[name][hidden].roll(1, dims=1)
+    assert set(shares_right(read, pictures).values()) == {1.0}
+    read["species"][:100] = read["species"][:100].roll(1, dims=1)
+    read["outfit"][~asleep] = read["outfit"][~asleep].roll(1, dims=1)
+    shares = shares_right(read, pictures)
     assert shares["species"] == 0.5 and shares["outfit"] == 0.0 and shares["pose"] == 1.0
 
 

@@ -107,6 +107,21 @@ def test_both_optimisers_learn_and_average(tmp_path):
     assert kinds == {"model", "ema", "momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
+def test_without_muon_all_is_left_to_adamw(tmp_path):
+    file = tmp_path / "state.safetensors"
+    for _ in range(2):
+        torch.manual_seed(0)
+        state = TrainState(torch.nn.Linear(4, 4), {}, muon=False)
+        before = state.model.weight.detach().clone()
+        state.load(file)
+        state.update(state.model(torch.ones(1, 4)).square().sum(), 0.01)
+        state.save(file)
+        assert not torch.equal(state.model.weight, before)
+    kept = load_file(file)
+    assert {name.split(".", 1)[0] for name in kept} == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    assert state.step == 2
+
+
 def test_training_saves_and_pauses_at_its_times_and_at_the_end(tmp_path):
     def run(name, **options):
         torch.manual_seed(0)

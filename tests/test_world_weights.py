@@ -12,11 +12,12 @@ from bunny_lora import inference
 from bunny_lora.evaluation.features import load_feature_extractor
 from bunny_lora.model import components
 from bunny_lora.model.components import WORLD_WEIGHTS
-from bunny_lora.world.attributes import HEROES
+from bunny_lora.world.attributes import CAMERAS, HEROES
 from bunny_lora.world.pretraining.clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretraining.data import heldout, hero_images
 from bunny_lora.world.pretraining.sd import PROMPTS
 from bunny_lora.world.pretraining.vae import psnr
+from bunny_lora.world.traits import QUESTIONS
 
 CLIP = WORLD_WEIGHTS / "clip"
 
@@ -94,6 +95,15 @@ def test_the_model_card_says_what_was_measured() -> None:
         assert " | ".join(f"{share:.1%}" for share in shares.values()) in card
     for name, hero in told["heroes"].items():
         assert f"| {name} | {' | '.join(f'{value:.3f}' for value in hero.values())} |" in card
+
+
+def test_the_model_card_says_how_well_the_reader_reads() -> None:
+    card = (WORLD_WEIGHTS / "README.md").read_text(encoding="utf-8")
+    shares = json.loads((WORLD_WEIGHTS / "reader" / "accuracy.json").read_text(encoding="utf-8"))
+    for kind, said in (("renders", "renders"), ("reconstructions", "given back")):
+        for camera in CAMERAS:
+            row = " | ".join(f"{shares[kind][camera][name]:.1%}" for name in QUESTIONS)
+            assert f"| {said}, {camera} | {row} |" in card
 
 
 def test_the_weights_do_not_tell_where_they_were_made() -> None:

@@ -13,7 +13,6 @@ NEAR = 0.8  # Of difflib's ratio: one letter wrong in five.
 # What kohya's scripts, diffusers' examples, PEFT, OneTrainer and ai-toolkit call our keys, where the
 # spelling alone would not tell; what follows a comma is what differs.
 _STEPS = "training.max_train_steps"
-_RATE = "training.learning_rate, one for UNet and text encoder"
 _SOURCE = "source, or data_dir for pictures with a metadata.jsonl"
 OTHER_NAMES = {
     "pretrained_model_name_or_path": "base_model",
@@ -53,8 +52,9 @@ OTHER_NAMES = {
     "network_weights": "lora.start_from",
     "network_train_unet_only": "lora.train_text_encoder, the other way round",
     "lr": "training.learning_rate",
-    "unet_lr": _RATE,
-    "text_encoder_lr": _RATE,
+    "unet_lr": "training.learning_rate",
+    "text_encoder_lr": "training.text_encoder_learning_rate",
+    "caption_dropout_rate": "training.caption_dropout",
     "max_steps": _STEPS,
     "steps": _STEPS,
     "epochs": f"{_STEPS}, in steps of the optimiser",

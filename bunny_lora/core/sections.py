@@ -76,7 +76,9 @@ class TrainingSection(Section):
     """One step is one optimiser step on batch_size x gradient_accumulation_steps images."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, one for UNet and text encoder."""
+    """Of AdamW: how far a step moves the weights."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    """The text encoder's own; null: the same."""
     lr_scheduler: Scheduler = "constant"
     """How the learning rate changes up to max_train_steps, as diffusers calls it."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -100,8 +102,13 @@ class TrainingSection(Section):
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
     """How likely each part of a caption, between commas, is left out; the first one and those with a
     character's name always stay."""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """How likely a whole caption is left out: guidance starts from what an empty prompt gives."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
+    fast_path: Literal["auto", "on", "off"] = "off"
+    """Native attention on a CPU, the same to rounding. auto: where a trial on this machine finds it
+    faster than torch's, which a run that goes on keeps; on: everywhere; off: torch's own."""
     snr_gamma: float | None = Field(None, gt=0)
     """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
     seed: int = Field(42, ge=0)
@@ -124,6 +131,12 @@ class TrainingSection(Section):
     def _yaml_no_is_a_word(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `no` as false; here it is one of the precisions."""
         return "no" if value is False else value
+
+    @field_validator("fast_path", mode="before")
+    @classmethod
+    def _yaml_on_and_off_are_words(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `on` as true, `off` as false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @property
     def validation_prompts(self) -> list[str]:

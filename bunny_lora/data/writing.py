@@ -14,9 +14,10 @@ from bunny_lora.core import files, paths
 from bunny_lora.core.files import is_file, is_inside
 from bunny_lora.core.progress import progress
 from bunny_lora.data.captions import count_tokens, name_first
+from bunny_lora.data.folder import has_captions
 from bunny_lora.data.frames import Sample, Source
 from bunny_lora.data.images import plain_bytes, plain_suffix
-from bunny_lora.data.metadata import METADATA, metadata_line
+from bunny_lora.data.metadata import METADATA, find_table, metadata_line
 from bunny_lora.data.summary import (
     SUMMARY,
     by_reason,
@@ -27,6 +28,16 @@ from bunny_lora.data.summary import (
     sha256_hex,
 )
 from bunny_lora.errors import BunnyLoraError
+
+# What helps against a kind of reason that does not say so itself.
+ADVICE = {
+    "broken image": "Save broken pictures anew.",
+    "failed call": "Run stage 4 again where its calls failed.",
+    "invalid entry": "Mend invalid entries where they are named.",
+    "low confidence": "A lower min_confidence takes in frames that stage 4 was less sure of.",
+    "missing frame": "Copy the frames to where they are looked for: the source's own folder.",
+    "no caption": "Write captions, or name one for all of those without with instance_prompt.",
+}
 
 T = TypeVar("T")
 Plan = dict[Path, Sample]  # From a source's picture to the sample that it becomes.
@@ -79,20 +90,32 @@ def prepare(source: Source, data_dir: Path, *, tokenizer: Any = None, overwrite:
 
 def _refuse_impossible(source: Source, data_dir: Path) -> None:
     if not source.frames:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in by_reason(source).items()) or "nothing in it"
-        raise BunnyLoraError(
-            f"No usable picture in {source.origin}: {kinds}. A lower min_confidence, an instance_prompt"
-            " for pictures without caption, or another source may help."
-        )
+        raise BunnyLoraError(_nothing_usable(source))
     if is_inside(paths.project_root(), [data_dir.resolve()]):
         raise BunnyLoraError(
             f"data_dir {data_dir} holds the whole project; choose a folder of its own."
+        )
+    origin = source.origin.resolve()
+    if source.kind == "folder" and is_inside(data_dir.parent, [origin]):
+        raise BunnyLoraError(
+            f"data_dir {data_dir} lies in the source, {source.origin}, and would be a part of it the"
+            " next time. Choose another data_dir."
         )
     if any(is_inside(frame.path, [data_dir.resolve()]) for frame in source.frames):
         raise BunnyLoraError(
             f"The source's pictures lie in data_dir itself ({data_dir}). Choose another data_dir, or"
             " train on the folder as it is."
         )
+
+
+def _nothing_usable(source: Source) -> str:
+    """Say why nothing is usable: each kind of reason with its first case, and what helps against it."""
+    counts = by_reason(source)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing in it"
+    first = {item.reason.partition(":")[0]: item for item in reversed(source.dropped)}
+    cases = "".join(f" {first[kind].frame_id}: {first[kind].reason}." for kind in counts)
+    advice = "".join(f" {ADVICE[kind]}" for kind in counts if kind in ADVICE)
+    return f"No usable picture in {source.origin}: {kinds}.{cases}{advice}"
 
 
 def _present(data_dir: Path) -> set[str]:
@@ -128,10 +151,18 @@ def _is_planned(data_dir: Path, plan: Plan, text: str) -> bool:
 
 
 def _refusal(data_dir: Path, difference: str) -> str:
+    if find_table(data_dir) or has_captions(data_dir):
+        instead = "To train on it as it is, go on without preparing."
+    else:
+        instead = (
+            f"It has no captions, neither a {METADATA} nor texts beside its pictures, so it cannot be"
+            " trained on as it is. To make training data of it, name it as the source, and another"
+            " folder as data_dir."
+        )
     return (
-        f"{data_dir} would be replaced, but {difference}. To train on it as it is, go on without"
-        f" preparing. To prepare it anew, pass overwrite=True (--overwrite): what is there now is then"
-        f" kept as {_backup(data_dir).name} beside it."
+        f"{data_dir} would be replaced, but {difference}. {instead} To prepare it anew, pass"
+        f" overwrite=True (--overwrite): what is there now is then kept as {_backup(data_dir).name}"
+        " beside it."
     )
 
 

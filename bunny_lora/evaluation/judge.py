@@ -37,7 +37,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import metrics, protocol, traits, world_traits
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
-from bunny_lora.model import devices, random_models
+from bunny_lora.model import components, devices, prompts, random_models
 from bunny_lora.prepare import reading
 from bunny_lora.training import distributed, handover
 
@@ -99,10 +99,18 @@ def evaluate(
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir, config)
         plan = protocol.plan_images(config, list(data.crops), [model.name for model in models])
+        if group.is_main:
+            _say_doubts(plan, models[-1].identity["base_model"])
         protocol.generate_missing(run_dir, models, plan, config, group)
         return group.broadcast_from_main(
             lambda: _score_and_write(run_dir, config, data, extractor, models[-1].identity, plan)
         )
+
+
+def _say_doubts(plan: list[ImageSpec], base_model: str) -> None:
+    tokenizer = components.load_tokenizer(base_model)
+    for doubt in prompts.doubts((spec.prompt for spec in plan), tokenizer):
+        print(f"Prompts of the evaluation: {doubt}")
 
 
 def _score_and_write(

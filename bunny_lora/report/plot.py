@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,14 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files
+from bunny_lora.report import fonts
 
 # Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#222222"
 TITLE_PT, LABEL_PT, SMALL_PT = 12, 9, 8
 DPI = 110
 WIDTH_IN = 10.0
+FILLER = "\ufdd0"  # no character of any text
 
 
 class Plot(Figure):
@@ -46,6 +49,11 @@ class Plot(Figure):
         plain: dict[str, Any] = {"size": SMALL_PT, "color": INK, "ha": "left", "va": "top"}
         place = (left / WIDTH_IN, 1 - top / self.get_figheight())
         self.text(*place, text, parse_math=False, **plain | style)
+
+    def draw(self, renderer: Any) -> None:
+        """Draw, with fonts that have the letters."""
+        with fonts.any_script(self):
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -86,8 +94,13 @@ def show(axes: Axes, picture: Path | Image.Image) -> None:
 
 
 def wrap(text: str, width: int, n_lines: int) -> str:
-    """Return text on at most `n_lines` lines of `width` characters, cut with an ellipsis."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=n_lines, placeholder=" …"))
+    """Return text on at most `n_lines` lines of `width` letters, cut with an ellipsis.
+
+    Chinese, Japanese and Korean letters and emoji count twice: they are as wide.
+    """
+    wide = "".join(c + FILLER * (unicodedata.east_asian_width(c) in "WF") for c in text)
+    lines = textwrap.wrap(wide, width, max_lines=n_lines, placeholder=" …")
+    return "\n".join(lines).replace(FILLER, "")
 
 
 def cut(text: str, n: int) -> str:

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from bunny_lora.core import paths
 from bunny_lora.model import adapters, devices
 from bunny_lora.model.devices import peak_memory_gb
+from bunny_lora.model.fast import choice
 from bunny_lora.model.random_models import RANDOM_MODELS
-from bunny_lora.training import optim
+from bunny_lora.training import fingerprint, optim
 from bunny_lora.training.objective import Learner
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def run_summary(setup: Setup, trial: Trial, n_steps: int) -> str:
         "base model": config.base_model + (RANDOM if config.base_model in RANDOM_MODELS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
+        "attention": setup.fast_path + _why(setup),
         "learning rate": optim.describe_schedule(training),
         "images": f"{len(setup.learner.images.captions)} at {config.resolution} px",
         "steps": f"{n_steps} of {per_step} images, checkpoint every {training.save_steps}",
@@ -102,6 +104,15 @@ def run_summary(setup: Setup, trial: Trial, n_steps: int) -> str:
         "run folder": paths.relative(setup.config.run_dir),
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def _why(setup: Setup) -> str:
+    """Trials of `auto` are told where they were made."""
+    if setup.config.training.fast_path != "auto":
+        return ""
+    if setup.state.step:
+        return " (as the run began)"
+    return f" ({choice.explain(*fingerprint.about_fast_path(setup.config)[1:])})"
 
 
 def _count(model: torch.nn.Module) -> str:

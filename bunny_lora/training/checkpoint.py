@@ -221,10 +221,15 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
 
 def recorded_precision(folder: Path) -> str | None:
     """Return the precision that a checkpoint was trained in, "bfloat16" for one; None if unrecorded."""
+    return recorded_environment(folder).get("precision")
+
+
+def recorded_environment(folder: Path) -> dict[str, str]:
+    """Return what a checkpoint was made in; empty where it does not say so."""
     try:
-        return str(files.read_json(folder / STATE)["history"][-1]["environment"]["precision"])
-    except (BunnyLoraError, KeyError, IndexError, TypeError):
-        return None
+        return dict(files.read_json(folder / STATE)["history"][-1]["environment"])
+    except (BunnyLoraError, KeyError, IndexError, TypeError, ValueError):
+        return {}
 
 
 def remove_old(run_dir: Path, keep: int | None, *, finished: bool = False) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from bunny_lora.config import Config
 from bunny_lora.core import provenance
 from bunny_lora.core.values import split_revision
 from bunny_lora.model import components, devices
+from bunny_lora.model.fast import choice
+from bunny_lora.training import checkpoint
 from bunny_lora.training.optim import unused_keys
 
 # Data and class images are told by their hash, not by their path; the rest changes when things are
@@ -32,7 +35,9 @@ HARMLESS = {
 }  # fmt: skip
 
 # Told by what they come to on this machine, in the environment below.
-IN_ENVIRONMENT = {"device", "training.mixed_precision", "training.gradient_checkpointing"}
+IN_ENVIRONMENT = {
+    "device", "training.mixed_precision", "training.gradient_checkpointing", "training.fast_path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment_of(config: Config) -> dict[str, str]:
     """Return what the last bits of a result hang on, beside its mathematics."""
-    device = devices.resolve_device(config.device)
-    dtype = devices.resolve_dtype(config.training.mixed_precision, device)
+    device, dtype = _place(config)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     made_by = provenance.provenance()
     return {
@@ -87,11 +91,39 @@ def environment_of(config: Config) -> dict[str, str]:
         "device": f"{device.type}, {where}",
         "precision": str(dtype).removeprefix("torch."),
         "gradient_checkpointing": str(config.training.gradient_checkpointing).lower(),
+        "fast_path": fast_path_of(config),
         "python": made_by["python"],
         "platform": made_by["platform"],
         "bunny_lora": made_by["bunny_lora"],
         **made_by["libraries"],
     }
+
+
+def fast_path_of(config: Config) -> str:
+    """Return what is computed on a fast path: what `auto` chose at a run's beginning holds to its end.
+
+    Raises:
+        BunnyLoraError: training.fast_path: on, where there is none.
+    """
+    setting = config.training.fast_path
+    if setting == "off":
+        return choice.PLAIN
+    if setting == "auto" and (begun := list(checkpoint.list_checkpoints(config.run_dir).values())):
+        recorded = checkpoint.recorded_environment(begun[-1]).get("fast_path", choice.PLAIN)
+        if recorded == choice.PLAIN or choice.why_not(*_place(config)) is None:
+            return recorded
+    return choice.choose(*about_fast_path(config))
+
+
+def about_fast_path(config: Config) -> tuple[str, Path, int, torch.device, torch.dtype]:
+    """Return what `choice.choose` and `choice.explain` take."""
+    folder = Path(components.resolve_base_model(config.base_model))
+    return config.training.fast_path, folder, config.resolution, *_place(config)
+
+
+def _place(config: Config) -> tuple[torch.device, torch.dtype]:
+    device = devices.resolve_device(config.device)
+    return device, devices.resolve_dtype(config.training.mixed_precision, device)
 
 
 def _processor() -> str:

@@ -87,6 +87,7 @@ class EncodedImages:
     tag_dropout: float = 0.0
     repeats: list[int] | None = None
     names: frozenset[str] = frozenset()
+    caption_dropout: float = 0.0
 
     @property
     def captions(self) -> list[str]:
@@ -155,7 +156,9 @@ class EncodedImages:
             for part, chance in zip(rest, draws, strict=True)
             if chance >= self.tag_dropout or not self._may_go(part)
         ]
-        return "".join([first, *kept])
+        # Drawn last, so that a run without it draws everything else as ever.
+        dropped = float(torch.rand((), generator=random)) < self.caption_dropout
+        return "" if dropped else "".join([first, *kept])
 
     def _may_go(self, part: str) -> bool:
         return not any(find_name(part, name) for name in self.names)
@@ -191,6 +194,7 @@ def encode_dataset(
     random_flip: bool = False,
     zoom_on_faces: bool = False,
     tag_dropout: float = 0.0,
+    caption_dropout: float = 0.0,
     repeats: list[int] | None = None,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -207,6 +211,7 @@ def encode_dataset(
             drawn from near as often as whole.
         tag_dropout: share of a caption's parts, between commas, left out at random, but for the
             first and those with a name of `images.characters`.
+        caption_dropout: share of captions that are left out as a whole.
         num_workers: processes that decode images, as in torch's `DataLoader`.
         pin_memory: as in torch's `DataLoader`; speeds up copies to a GPU.
         repeats: how often each image comes in an epoch.
@@ -234,7 +239,9 @@ def encode_dataset(
     # The whole image once for each face, so that it is drawn as often as all of them.
     drawn = [w * max(1, len(n) // len(w)) + n for w, n in zip(whole, near, strict=True)]
     side = images.resolution // 8
-    return EncodedImages(images.samples, drawn, side, stream, tag_dropout, repeats, images.names)
+    return EncodedImages(
+        images.samples, drawn, side, stream, tag_dropout, repeats, images.names, caption_dropout
+    )
 
 
 def _views(images: ImageDataset, *, random_flip: bool, zoom_on_faces: bool) -> list[View]:

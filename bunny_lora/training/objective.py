@@ -62,10 +62,10 @@ class Learner:
     encode: PromptEncoder = field(init=False)
 
     def __post_init__(self) -> None:
-        captions = self.images.captions + self.images.view_captions
+        captions = ["", *self.images.captions, *self.images.view_captions]
         if self.config.preservation.share:
             nameless = [without_names(caption, self.images.names) for caption in captions]
-            captions += ["", self.config.prior_preservation.class_prompt, *nameless]
+            captions += [self.config.prior_preservation.class_prompt, *nameless]
         captions += self.class_images.captions if self.class_images else []
         trainable = self.config.lora.train_text_encoder
         self.encode = PromptEncoder(self.components, captions, trainable=trainable)

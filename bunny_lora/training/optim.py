@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,25 @@ USER_OF = {
 }
 
 
-def build(config: Config, parameters: list[torch.nn.Parameter]) -> tuple[Optimizer, LRScheduler]:
+def build(
+    config: Config,
+    parameters: list[torch.nn.Parameter],
+    text_encoder_parameters: Sequence[torch.nn.Parameter] = (),
+) -> tuple[Optimizer, LRScheduler]:
     """Return AdamW, or bitsandbytes' 8-bit version of it, and diffusers' schedule of `lr_scheduler`.
+
+    The text encoder's parameters follow the same schedule, from a rate of their own if there is one.
 
     Raises:
         BunnyLoraError: `use_8bit_adam` without bitsandbytes, or where it cannot step.
     """
     training = config.training
-    optimizer = _optimizer(config, parameters)
+    own_rate = training.text_encoder_learning_rate
+    if own_rate is None or not text_encoder_parameters:
+        groups: list[Any] = [*parameters, *text_encoder_parameters]
+    else:
+        groups = [{"params": parameters}, {"params": [*text_encoder_parameters], "lr": own_rate}]
+    optimizer = _optimizer(config, groups, parameters[0].device)
     lr_scheduler = get_scheduler(
         training.lr_scheduler,
         optimizer,
@@ -50,9 +61,10 @@ def unused_keys(lr_scheduler: str) -> set[str]:
     return {key for key, is_used in users.items() if not is_used}
 
 
-def doubts(training: TrainingSection) -> list[str]:
-    """Return a line for each setting of the schedule that would do nothing, in silence."""
-    name, fields = training.lr_scheduler, TrainingSection.model_fields
+def doubts(config: Config) -> list[str]:
+    """Return a line for each setting of rate and schedule that would do nothing, in silence."""
+    training, fields = config.training, TrainingSection.model_fields
+    name = training.lr_scheduler
     lines = [
         f"training.{key}: {getattr(training, key)} does nothing with training.lr_scheduler: {name}."
         f" Take it out, or choose {USER_OF[key]}."
@@ -63,12 +75,19 @@ def doubts(training: TrainingSection) -> list[str]:
         lines.append(f"training.lr_scheduler: {name} is cosine: set training.lr_num_cycles above 1.")
     if name == "polynomial" and training.lr_power == 1:
         lines.append(f"training.lr_scheduler: {name} is linear: set another training.lr_power than 1.")
+    if training.text_encoder_learning_rate is not None and not config.lora.train_text_encoder:
+        lines.append(
+            "training.text_encoder_learning_rate does nothing with lora.train_text_encoder: false. Take"
+            " it out, or let the text encoder learn."
+        )
     return lines
 
 
 def describe_schedule(training: TrainingSection) -> str:
     """Return a learning rate and how it changes, in a line: "0.0001, cosine after 10 steps of rise"."""
-    said = [f"{training.learning_rate:g}, {training.lr_scheduler}"]
+    own = training.text_encoder_learning_rate
+    rate = f"{training.learning_rate:g}" + (f" (text encoder {own:g})" if own is not None else "")
+    said = [f"{rate}, {training.lr_scheduler}"]
     used = {"lr_warmup_steps", "lr_num_cycles", "lr_power"} - unused_keys(training.lr_scheduler)
     if "lr_warmup_steps" in used and training.lr_warmup_steps:
         said.append(f"rising in the first {training.lr_warmup_steps} steps")
@@ -79,13 +98,13 @@ def describe_schedule(training: TrainingSection) -> str:
     return ", ".join(said)
 
 
-def _optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimizer:
+def _optimizer(config: Config, groups: list[Any], device: torch.device) -> Optimizer:
     settings: Any = {
         "lr": config.training.learning_rate,
         "weight_decay": config.training.weight_decay,
     }
     if not config.use_8bit_adam:
-        return torch.optim.AdamW(parameters, **settings)
+        return torch.optim.AdamW(groups, **settings)
     try:
         import bitsandbytes
     except ImportError:
@@ -93,8 +112,8 @@ def _optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> Optimize
             "use_8bit_adam needs the bitsandbytes package: `pip install bitsandbytes`, or set it to"
             " false (LoRA's optimiser state is a few MB anyway)."
         ) from None
-    _refuse_unless_it_steps(bitsandbytes.optim.AdamW8bit, parameters[0].device)
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    _refuse_unless_it_steps(bitsandbytes.optim.AdamW8bit, device)
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
 
 
 def _refuse_unless_it_steps(kind: Callable[..., Optimizer], device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from bunny_lora.config import RESUME_TAKES, Config, load_config
 from bunny_lora.core import files, paths, provenance
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.fast import choice
 from bunny_lora.training import checkpoint, fingerprint, log
 from bunny_lora.training.fingerprint import Fingerprint
 
@@ -31,6 +32,11 @@ class Start:
     history: tuple[dict[str, Any], ...] = ()
     base_sha256: str | None = None
     class_sha256: str | None = None
+
+    @property
+    def fast_path(self) -> str | None:
+        """What is computed on a fast path, see `choice.choose`; None before a run was opened."""
+        return self.history[-1]["environment"].get("fast_path") if self.history else None
 
     def check_base(self, sha256: str, precision: str) -> None:
         """Raise BunnyLoraError if the base model's weights are others than the state was made with."""
@@ -158,7 +164,8 @@ def _read(folder: Path, now: Fingerprint) -> Start:
     """Return the start that a checkpoint gives, after comparing its run with the one to come."""
     saved = files.read_json(folder / checkpoint.STATE)
     history = list(saved["history"])
-    environment = {"processes": "1"} | history[-1]["environment"]  # Older runs tell of no others.
+    # Older runs tell of no other processes and paths.
+    environment = {"processes": "1", "fast_path": choice.PLAIN} | history[-1]["environment"]
     commit = saved.get("base_commit")
     # A key that is younger than the checkpoint had its default, which keeps what was done before it.
     settings = fingerprint.settings_of(Config()) | saved["settings"]

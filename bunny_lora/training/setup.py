@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from bunny_lora.config import Config
 from bunny_lora.core import paths, ranks
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats, targets
+from bunny_lora.model import adapters, components, devices, formats, prompts, targets
 from bunny_lora.model.components import Components
+from bunny_lora.model.fast import attention, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import reading
@@ -37,7 +38,7 @@ class Setup:
     """A run between two steps: `state` is what its steps change, the rest stays as it was loaded.
 
     `base_sha256` and `class_sha256` tell the weights and the class images that it was made with, and
-    `history` the environments, see `resume.Start`.
+    `history` the environments, see `resume.Start`. `fast_path` is what is computed on one in training.
     """
 
     config: Config
@@ -49,15 +50,20 @@ class Setup:
     base_sha256: str
     class_sha256: str | None
     history: tuple[dict[str, Any], ...]
+    fast_path: str
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return every parameter that training changes."""
         return _trainable(self.parts, self.state.models)
 
     def set_training_mode(self, training: bool) -> None:
-        """Switch dropout on for training, off for drawing."""
+        """Switch dropout and the fast path on for training, off for drawing."""
         for part in self.state.models:
             getattr(self.parts, part).train(training)
+        if training:
+            attention.install(self.parts.unet, choice.read(self.fast_path))
+        else:
+            attention.remove(self.parts.unet)
 
 
 def set_up(
@@ -82,6 +88,8 @@ def set_up(
             targets.resolve_targets(
                 getattr(parts, part), part, adapters.target_names(part, config.lora)
             )
+        if group.is_main:
+            _say(prompts.doubts(config.training.validation_prompts, parts.tokenizer))
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
         samples = dataset.read_samples(config.data_path, **reading(config))
@@ -100,19 +108,37 @@ def set_up(
 
     models = _attach(parts, config)
     learner = Learner(parts, config, images, class_data, models)
-    optimizer, lr_scheduler = optim.build(config, _trainable(parts, models))
+    unet, *text_encoder = (_trainable(parts, [part]) for part in models)
+    optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
     scaled = device.type == "cuda" and dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
     group.broadcast_from_main(lambda: _load_state(state, start, first_weights))
     if group.count > 1:
         checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
-    return Setup(config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history)
+    fast_path = _fast_path_here(start.fast_path or fingerprint.fast_path_of(config), parts)
+    return Setup(
+        config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history, fast_path
+    )
+
+
+def _fast_path_here(chosen: str, parts: Components) -> str:
+    """The main process chooses; another one's computer may have no compiler."""
+    reason = choice.why_not(parts.device, parts.dtype) if choice.read(chosen) else None
+    if reason is None:
+        return chosen
+    print(f"Warning: this process computes attention as torch does, not natively: {reason}")
+    return choice.PLAIN
+
+
+def _say(doubts: list[str]) -> None:
+    for doubt in doubts:
+        print(f"Validation prompts: {doubt}")
 
 
 def _say_doubts(config: Config, start: Start) -> None:
     """What a setting would not do stops a new run; one that has begun with it goes on as it was."""
-    for doubt in optim.doubts(config.training):
+    for doubt in optim.doubts(config):
         if start.folder is None:
             raise BunnyLoraError(doubt)
         if ranks.is_main_process():
@@ -134,7 +160,7 @@ def _start_from(parts: Components, config: Config) -> LoRA:
     return formats.read_lora(path, {part: getattr(parts, part) for part in adapters.PARTS})
 
 
-def _trainable(parts: Components, models: Mapping[str, PeftModel]) -> list[torch.nn.Parameter]:
+def _trainable(parts: Components, models: Iterable[str]) -> list[torch.nn.Parameter]:
     found = [adapters.trainable_parameters(getattr(parts, part)) for part in models]
     return [parameter for parameters in found for parameter in parameters.values()]
 
@@ -172,13 +198,15 @@ def _encode(
     if config.face_encoder is not None and stream == "training":
         encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
         images.face_names = tie_faces(images, encoder)
+    training, is_training = config.training, stream == "training"
     return encode_dataset(
         parts.vae,
         images,
         place / "latents",
         random_flip=config.random_flip,
         zoom_on_faces=config.zoom_on_faces,
-        tag_dropout=config.training.caption_tag_dropout if stream == "training" else 0.0,
+        tag_dropout=training.caption_tag_dropout if is_training else 0.0,
+        caption_dropout=training.caption_dropout if is_training else 0.0,
         repeats=images.repeats(balance=config.balance_characters),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,

@@ -36,8 +36,8 @@ def add_world(parser: argparse.ArgumentParser) -> None:
     measure = commands.add_parser(
         "measure", help="measure Bunny World's models: the model card's table"
     )
-    measure.add_argument("--out", type=new, required=True, help="folder of the reader and the results")
-    measure.add_argument("--weights", type=typed, help="folder of sd/ and clip/ (the shipped ones)")
+    measure.add_argument("--out", type=new, required=True, help="folder of the results")
+    measure.add_argument("--weights", type=typed, help="folder of sd/, clip/ and reader/ (the shipped)")
     measure.add_argument("--images", type=int, default=500, help="pictures to draw and read (500)")
     measure.set_defaults(run=_measure)
 
@@ -66,10 +66,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 def _measure(options: argparse.Namespace) -> None:
     from bunny_lora.model.components import WORLD_WEIGHTS
     from bunny_lora.world.pretraining.quality import measure
-    from bunny_lora.world.pretraining.reader import pretrain_reader
 
-    reader = pretrain_reader(options.out)
-    measure(options.weights or WORLD_WEIGHTS, reader, options.out, n_images=options.images)
+    measure(options.weights or WORLD_WEIGHTS, options.out, n_images=options.images)
     print(options.out / "quality.json")
 
 

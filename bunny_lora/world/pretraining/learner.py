@@ -72,9 +72,18 @@ class TrainState:
     Muon: https://kellerjordan.github.io/posts/muon/; the scale: https://arxiv.org/abs/2502.16982.
 
     `settings` are the choices that the numbers depend on; a state saved under others is refused.
+    Without `muon` AdamW does all: Muon counts in bfloat16, and where that is emulated, one of its steps
+    costs more than the pictures.
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, Any], ema_decay: float = 0.999):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mapping[str, Any],
+        ema_decay: float = 0.999,
+        *,
+        muon: bool = True,
+    ):
         self.model, self.settings, self.ema_decay = model, dict(settings), ema_decay
         self.step = 0
         self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -84,15 +93,18 @@ class TrainState:
         self._matrices = {
             name: nn.Parameter(p.detach().view(len(p), -1))
             for name, p in self._named.items()
-            if p.ndim >= 2 and "embedding" not in name
+            if muon and p.ndim >= 2 and "embedding" not in name
         }
         self._rest = {n: p for n, p in self._named.items() if n not in self._matrices}
-        self._muon = torch.optim.Muon(
-            self._matrices.values(), lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
         self._adamw = torch.optim.AdamW(
             self._rest.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0
         )
+        self._optimizers: list[torch.optim.Optimizer] = [self._adamw]
+        if muon:
+            self._muon = torch.optim.Muon(
+                self._matrices.values(), lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+            self._optimizers.insert(0, self._muon)
 
     def train(
         self,
@@ -105,6 +117,7 @@ class TrainState:
         evaluate_every: int,
         save_every: int | None = None,
         stop_at: int | None = None,
+        warmup_steps: int = 200,
     ) -> Iterator[Progress]:
         """Take the steps that are left, and pause with a report whenever it is time to evaluate.
 
@@ -118,6 +131,7 @@ class TrainState:
             evaluate_every: steps between pauses; the last step is always followed by one.
             save_every: steps between saves; by default, at every pause.
             stop_at: stop at this step already, as an interruption would.
+            warmup_steps: see `learning_rate`.
 
         Raises:
             BunnyLoraError: the state was made under other settings.
@@ -127,7 +141,8 @@ class TrainState:
         losses, since = [], time.monotonic()
         while self.step < last:
             loss = loss_of(self.step)
-            self.update(loss, learning_rate(self.step, max_steps, peak_rate))
+            rate = learning_rate(self.step, max_steps, peak_rate, warmup_steps=warmup_steps)
+            self.update(loss, rate)
             losses.append(loss.detach())
 
             # once in a while
@@ -145,7 +160,7 @@ class TrainState:
         for name, matrix in self._matrices.items():
             gradient = self._named[name].grad
             matrix.grad = None if gradient is None else gradient.view_as(matrix)
-        for optimizer in (self._muon, self._adamw):
+        for optimizer in self._optimizers:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

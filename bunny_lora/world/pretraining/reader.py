@@ -1,33 +1,32 @@
 """Pretrain the reader: a small classifier that says what a picture shows, to hold against the prompt.
 
-It is never shown a caption or a generated picture, so it judges both without favour. A third of what
-it learns from are renders as the autoencoder gives them back: whatever the denoiser draws comes out of
-that, and a reader of sharp renders alone takes its softened capes and dresses for something else.
+It is never shown a caption or a generated picture, so it judges both without favour. Half of what it
+learns from are renders as the autoencoder gives them back: whatever the denoiser draws comes out of
+that, and a reader of sharp renders alone takes its softened capes and marks for something else. Its
+characters have all traits in all combinations, those of heroes too.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import ResNetConfig, ResNetModel
+from torch.utils.data import DataLoader, Dataset
 
-from bunny_lora.core.files import atomic_path, sha256
+from bunny_lora.core.files import atomic_path, sha256, write_json
 from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.world import attributes
-from bunny_lora.world.attributes import Picture, random_picture
+from bunny_lora.world.attributes import CAMERAS, Picture, random_picture
 from bunny_lora.world.pretraining.data import (
-    N_PICTURES,
     as_rows,
-    drawn_pictures,
     filled_rows,
     heldout_seed,
     made_or_shipped,
@@ -35,54 +34,20 @@ from bunny_lora.world.pretraining.data import (
 )
 from bunny_lora.world.pretraining.learner import TrainState
 from bunny_lora.world.pretraining.vae import reconstruct
+from bunny_lora.world.traits import QUESTIONS, Reader, truth
 
-QUESTIONS: Mapping[str, tuple[str, ...]] = {
-    "species": attributes.SPECIES,
-    "fur": attributes.FURS,
-    "place": attributes.PLACES,
-    "pose": attributes.POSES,
-    "outfit": attributes.OUTFITS,
-}
-WIDTHS = (32, 64, 128, 192)
-N_RECONSTRUCTED = 4_000
+N_RENDERS, N_RECONSTRUCTED = 5_200, 1_100
+_NOT_ASKED = -100
+_JITTER = 0.12
+_FACE_WEIGHT = 10.0
 
 
-class Reader(nn.Module):
-    """Images [N, 3, H, W] from -1 to 1 to the logits of every question's answers, [N, answers]."""
-
-    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
-        super().__init__()
-        self.trunk = ResNetModel(
-            ResNetConfig(
-                embedding_size=widths[0],
-                hidden_sizes=list(widths),
-                depths=[1] * len(widths),
-                layer_type="basic",
-            )
-        )
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(widths[-1], len(answers)) for name, answers in QUESTIONS.items()}
-        )
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the logits."""
-        pooled = self.trunk(images).pooler_output.flatten(1)
-        return {name: head(pooled) for name, head in self.heads.items()}
-
-    @torch.no_grad()
-    def read(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the index of the likeliest answer to every question, int64 [N], of uint8 images."""
-        device = str(next(self.parameters()).device)
-        answers = [self(to_unit(chunk, device)) for chunk in images.split(64)]
-        return {name: torch.cat([a[name] for a in answers]).argmax(1).cpu() for name in QUESTIONS}
-
-
-def truth(picture: Picture) -> list[int]:
-    """Return the index of the right answer to every question, for a picture of one character."""
-    (character,) = picture.characters
-    said = {"place": picture.scene.place, "pose": character.pose}
-    said |= {name: getattr(character.traits, name) for name in ("species", "fur", "outfit")}
-    return [answers.index(said[name]) for name, answers in QUESTIONS.items()]
+def reader_picture(seed: int, index: int, camera: str | None = None) -> Picture:
+    """Return a picture of one character that may have any traits, half of them in medium shots."""
+    rng = attributes.generator(seed, "reader picture", index)
+    scene = attributes.random_scene(rng, camera=camera)
+    moment = attributes.random_moment(rng, "", attributes.any_traits(rng), scene.camera)
+    return Picture(scene, attributes.stage(rng, [moment], scene.camera, 1.0), 1.0)
 
 
 def single_picture(seed: int, index: int, camera: str = "medium") -> Picture:
@@ -94,32 +59,52 @@ def single_picture(seed: int, index: int, camera: str = "medium") -> Picture:
     raise AssertionError("random pictures hold every camera")
 
 
-def _blurred(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Soften and roughen half of the images, as an autoencoder would; float32 [N, 3, H, W]."""
-    half = len(images) // 2
-    soft = F.avg_pool2d(images[:half], 3, stride=1, padding=1, count_include_pad=False)
-    share = torch.rand((half, 1, 1, 1), generator=rng)
-    soft = images[:half].lerp(soft, share)
-    soft = soft + 0.06 * torch.randn(soft.shape, generator=rng)
-    return torch.cat([soft, images[half:]])
+def labels_of(pictures: Iterable[Picture]) -> torch.Tensor:
+    """Return the right answer to every question by its index, int64 [N, questions], or `_NOT_ASKED`."""
+    rows = []
+    for picture in pictures:
+        right = truth(picture)
+        rows.append(
+            [
+                answers.index(right[name]) if name in right else _NOT_ASKED
+                for name, answers in QUESTIONS.items()
+            ]
+        )
+    return torch.tensor(rows)
 
 
-def _lesson(
-    pictures: np.ndarray,
-    softened: np.ndarray,
-    alone: np.ndarray,
-    labels: torch.Tensor,
-    count: int,
-    rng: np.random.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `count` images by lot and truths; the last third as the autoencoder gives them back."""
-    n_soft = count // 3
-    sharp = np.sort(rng.choice(len(alone), size=count - n_soft, replace=False))
-    soft = np.sort(rng.integers(int((alone < len(softened)).sum()), size=n_soft))
-    order = torch.from_numpy(rng.permutation(count - n_soft))
-    images = torch.from_numpy(pictures[alone[sharp], :3])[order]
-    images = torch.cat([images, torch.from_numpy(softened[alone[soft]])])
-    return to_unit(images), torch.cat([labels[sharp][order], labels[soft]])
+class _Renders(Dataset[np.ndarray]):
+    """Picture `index` of the reader's stream, as `as_rows` gives it."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return as_rows(reader_picture(self.seed, index), self.size)
+
+
+def rendered_pictures(
+    out_dir: Path,
+    n_pictures: int,
+    *,
+    size: int,
+    seed: int,
+    n_workers: int = 0,
+    report: Callable[[str], None] = print,
+) -> np.ndarray:
+    """Return the reader's stream, uint8 [n_pictures, 4, size, size], see `as_rows`; draw the missing.
+
+    The pictures lie memory-mapped in `out_dir/renders.npy`.
+    """
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+
+    def blocks(first: int) -> Iterable[np.ndarray]:
+        rest = range(first, n_pictures)
+        loader = DataLoader(_Renders(seed, size), 50, sampler=rest, num_workers=n_workers)
+        return (block.numpy() for block in loader)
+
+    shape = (n_pictures, 4, size, size)
+    return filled_rows(Path(out_dir) / "renders.npy", {"seed": seed}, shape, np.uint8, blocks, report)
 
 
 def reconstructed_pictures(
@@ -145,72 +130,130 @@ def _vae_sha256(vae_dir: Path) -> str:
     return sha256(vae_dir / "diffusion_pytorch_model.safetensors")
 
 
+def _blurred(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Soften and roughen half of the images, as an autoencoder would; float32 [N, 3, H, W]."""
+    half = len(images) // 2
+    soft = F.avg_pool2d(images[:half], 3, stride=1, padding=1, count_include_pad=False)
+    share = torch.rand((half, 1, 1, 1), generator=rng)
+    soft = images[:half].lerp(soft, share)
+    soft = soft + 0.06 * torch.randn(soft.shape, generator=rng)
+    return torch.cat([soft, images[half:]])
+
+
+def faces_of(pictures: np.ndarray) -> torch.Tensor:
+    """Return middle and longer side of each face, float32 [N, 3], of rows as `as_rows` gives."""
+    faces = []
+    for weight in pictures[:, 3]:
+        rows, columns = (np.flatnonzero((weight == 3).any(axis)) for axis in (1, 0))
+        (top, bottom), (left, right) = ((line[0], line[-1] + 1) for line in (rows, columns))
+        faces.append((left + right, top + bottom, 2 * max(right - left, bottom - top)))
+    return torch.tensor(np.array(faces) / 2 / pictures.shape[-1], dtype=torch.float32)
+
+
+class _Lessons:
+    """Pictures with labels and faces; half of a batch is what the autoencoder gives back."""
+
+    def __init__(self, pictures: np.ndarray, softened: np.ndarray, labels: torch.Tensor) -> None:
+        self.pictures, self.softened, self.labels = pictures, softened, labels
+        self.faces = faces_of(pictures)
+
+    def batch(
+        self, count: int, seed: int, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `count` images by lot, every second one mirrored, with their labels and faces."""
+        rng = attributes.generator(seed, "reader batch", step)
+        sharp = rng.integers(len(self.pictures), size=count - count // 2)
+        soft = rng.integers(len(self.softened), size=count // 2)
+        images = to_unit(
+            torch.from_numpy(np.concatenate([self.pictures[sharp, :3], self.softened[soft]]))
+        )
+        blur = generator(seed, "world reader blur", step)
+        images[: len(sharp)] = _blurred(images[: len(sharp)], blur)
+        chosen = np.concatenate([sharp, soft])
+        labels, faces = self.labels[chosen], self.faces[chosen]
+        mirrored = torch.from_numpy(rng.permutation(count) % 2 == 0)
+        images[mirrored] = images[mirrored].flip(-1)
+        faces[mirrored, 0] = 1 - faces[mirrored, 0]
+        return images, labels, faces
+
+
+def _nearly(faces: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Return the faces a little off, as one finds them."""
+    off = _JITTER * (2 * torch.rand(faces.shape, generator=rng) - 1)
+    x, y, size = faces.unbind(1)
+    return torch.stack([x + off[:, 0] * size, y + off[:, 1] * size, size * off[:, 2].exp()], dim=1)
+
+
+def _loss(
+    answers: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
+    found: torch.Tensor,
+    faces: torch.Tensor,
+) -> torch.Tensor:
+    """Return the cross entropy of all that can be asked of a picture, and how far faces are missed."""
+    losses = [
+        F.cross_entropy(answers[name], labels[:, column], reduction="sum", ignore_index=_NOT_ASKED)
+        for column, name in enumerate(QUESTIONS)
+    ]
+    return torch.stack(losses).sum() / len(labels) + _FACE_WEIGHT * F.l1_loss(found, faces)
+
+
 def pretrain_reader(
     out_dir: Path,
     *,
-    max_steps: int = 7500,
-    batch_size: int = 48,
-    peak_rate: float = 2e-3,
-    n_pictures: int = N_PICTURES,
+    max_steps: int = 2_500,
+    batch_size: int = 32,
+    peak_rate: float = 3e-3,
+    n_pictures: int = N_RENDERS,
     size: int = 128,
-    widths: tuple[int, ...] = WIDTHS,
     seed: int = 0,
     device: str = "cpu",
     n_workers: int = 0,
     stop_at: int | None = None,
     evaluate_every: int = 250,
-    n_heldout: int = 1000,
+    n_heldout: int = 200,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Train the reader, or go on training it, and return the file of its averaged weights.
+    """Train the reader, or go on training it, and return the folder of its averaged weights.
 
     Args:
-        out_dir: holds `pictures.npy` (see `drawn_pictures`), `reader_state.safetensors`, to go on from,
-            and `reader.safetensors`.
+        out_dir: holds `renders.npy`, `reconstructions.npy`, `reader_state.safetensors`, to go on from,
+            and `reader/`: the weights in float16, and how often they are right.
         max_steps: length of the whole training; the learning rate ends at 0 there.
-        n_pictures: pictures of the random stream to draw; those of one character are learned from.
-            `out_dir/vae`, or the shipped autoencoder, gives some of them back.
+        n_pictures: pictures to draw; `out_dir/vae`, or the shipped autoencoder, gives some back.
         stop_at: stop at this step already, as an interruption would.
-        n_heldout: pictures that training never sees, to measure the accuracy on.
+        n_heldout: pictures a camera that training never sees, to measure the accuracy on.
         report: receives a line of progress at every evaluation.
 
     Raises:
         BunnyLoraError: the state in `out_dir` was made under other settings.
     """
     out_dir = Path(out_dir)
-    pictures = drawn_pictures(
+    pictures = rendered_pictures(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
-    vae = made_or_shipped(out_dir, "sd/vae")
-    softened = reconstructed_pictures(out_dir, vae, pictures, report)
-    truths = [random_picture(seed, index) for index in range(n_pictures)]
-    alone = np.array([i for i, picture in enumerate(truths) if len(picture.characters) == 1])
-    labels = torch.tensor([truth(truths[i]) for i in alone])
+    vae_dir = made_or_shipped(out_dir, "sd/vae")
+    softened = reconstructed_pictures(out_dir, vae_dir, pictures, report)
+    labels = labels_of(reader_picture(seed, index) for index in range(n_pictures))
+    lessons = _Lessons(pictures, softened, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "world reader weights"))
-        reader = Reader(widths).to(device)
-    settings = {"widths": list(widths), "seed": seed, "batch_size": batch_size, "size": size}
-    settings |= {"n_pictures": n_pictures, "max_steps": max_steps, "peak_rate": peak_rate}
-    settings |= {"vae": _vae_sha256(vae)}
-    state = TrainState(reader, settings, ema_decay=0.99)
+        reader = Reader(size).to(device)
+    settings: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "n_pictures": n_pictures}
+    settings |= {"max_steps": max_steps, "peak_rate": peak_rate, "vae": _vae_sha256(vae_dir)}
+    settings |= {"size": size}
+    state = TrainState(reader, settings, ema_decay=0.99, muon=False)
 
     def loss_of(step: int) -> torch.Tensor:
         reader.train()
-        rng = attributes.generator(seed, "reader batch", step)
-        images, right = _lesson(pictures, softened, alone, labels, batch_size, rng)
-        if step < 0.75 * max_steps:  # The last quarter is for what only a sharp eye tells.
-            n_renders = batch_size - batch_size // 3
-            blur = generator(seed, "world reader blur", step)
-            images[:n_renders] = _blurred(images[:n_renders], blur)
-        right = right.to(device)
-        with torch.autocast(device, torch.bfloat16):
-            answers = reader(images.to(device))
-        losses = [
-            F.cross_entropy(answers[name].float(), right[:, column])
-            for column, name in enumerate(QUESTIONS)
-        ]
-        return torch.stack(losses).sum()
+        batch = lessons.batch(batch_size, seed, step)
+        nearly = _nearly(batch[2], generator(seed, "world reader faces", step)).to(device)
+        images, right, faces = (tensor.to(device) for tensor in batch)
+        answers, found = reader(images, nearly)
+        return _loss(answers, right, found, faces)
 
+    vae = AutoencoderKL.from_pretrained(vae_dir).eval()
+    exams = [Exam.of(seed, size, camera, n_heldout, vae) for camera in CAMERAS]
     for progress in state.train(
         loss_of,
         out_dir / "reader_state.safetensors",
@@ -219,18 +262,21 @@ def pretrain_reader(
         images_per_step=batch_size,
         evaluate_every=evaluate_every,
         stop_at=stop_at,
+        warmup_steps=100,
     ):
         with state.averaged():
-            _settle(reader, pictures, alone)
-            scores = accuracy(reader, seed, size, n_heldout)
-            save_reader(reader, out_dir / "reader.safetensors")
-        quality = ", ".join(f"{name} {score:.2%}" for name, score in scores.items())
-        report(f"step {state.step}: {quality}, {progress.images_per_sec:.1f} images/s")
-    return out_dir / "reader.safetensors"
+            _settle(reader, pictures, softened)
+            shares = accuracy(reader, exams)
+            save_reader(reader, out_dir / "reader", shares)
+        medium = shares["reconstructions"]["medium"]
+        quality = ", ".join(f"{name} {share:.1%}" for name, share in medium.items())
+        speed = f"{progress.images_per_sec:.1f} images/s"
+        report(f"step {state.step}: loss {progress.mean_loss:.3f}, {quality}, {speed}")
+    return out_dir / "reader"
 
 
 @torch.no_grad()
-def _settle(reader: Reader, pictures: np.ndarray, alone: np.ndarray) -> None:
+def _settle(reader: Reader, pictures: np.ndarray, softened: np.ndarray) -> None:
     """Measure the batch statistics anew: those from training belong to weights that came before."""
     norms = [module for module in reader.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -238,52 +284,63 @@ def _settle(reader: Reader, pictures: np.ndarray, alone: np.ndarray) -> None:
         norm.momentum = None  # the plain mean over all batches
     reader.train()
     device = str(next(reader.parameters()).device)
-    for rows in np.array_split(alone[:640], 10):
-        reader(to_unit(torch.from_numpy(pictures[rows, :3]), device))
+    for first in range(0, min(320, len(softened)), 32):
+        images = np.concatenate([rows[first : first + 32, :3] for rows in (pictures, softened)])
+        reader(to_unit(torch.from_numpy(images), device))
     for norm in norms:
         norm.momentum = 0.1
     reader.eval()
 
 
-def accuracy(
-    reader: Reader, seed: int, size: int, n: int, vae: AutoencoderKL | None = None
-) -> dict[str, float]:
-    """Return the share of right answers to each question on `n` pictures that training never sees.
+@dataclass(frozen=True)
+class Exam:
+    """Pictures by one camera that training never sees, uint8 [N, 3, H, W], sharp and given back."""
 
-    With an autoencoder, as it gives them back: no denoiser that draws through it could be read better.
-    """
-    unseen = [single_picture(heldout_seed(seed), index) for index in range(n)]
-    images = torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in unseen]))
-    if vae is not None:
-        images = reconstruct(vae, images)
-    return shares_right(reader.read(images), unseen)
+    camera: str
+    pictures: list[Picture]
+    renders: torch.Tensor
+    reconstructions: torch.Tensor
+
+    @classmethod
+    def of(cls, seed: int, size: int, camera: str, n: int, vae: AutoencoderKL) -> Exam:
+        """Draw `n` pictures and have the autoencoder give them back."""
+        pictures = [reader_picture(heldout_seed(seed), index, camera) for index in range(n)]
+        renders = torch.from_numpy(np.stack([as_rows(picture, size)[:3] for picture in pictures]))
+        return cls(camera, pictures, renders, reconstruct(vae, renders))
 
 
-def shares_right(answers: Mapping[str, torch.Tensor], pictures: Sequence[Picture]) -> dict[str, float]:
-    """Return the share of right answers to each question, see `Reader.read`.
-
-    Nobody is asked what a sleeper wears: scarf and cape lie hidden under a sleeper's head.
-    """
-    right = torch.tensor([truth(picture) for picture in pictures])
-    awake = torch.tensor([picture.characters[0].pose != "sleeping" for picture in pictures])
-    shares = {}
-    for column, name in enumerate(QUESTIONS):
-        hits = (answers[name] == right[:, column])[awake if name == "outfit" else slice(None)]
-        shares[name] = round(float(hits.float().mean()), 4)
+def accuracy(reader: Reader, exams: Sequence[Exam]) -> dict[str, Any]:
+    """Return the share of right answers, of renders and of what is given back of them, a camera."""
+    shares: dict[str, Any] = {"n_images_per_camera": len(exams[0].pictures)}
+    for kind in ("renders", "reconstructions"):
+        shares[kind] = {
+            exam.camera: shares_right(reader.read(getattr(exam, kind)), exam.pictures) for exam in exams
+        }
     return shares
 
 
-def save_reader(reader: Reader, path: Path) -> None:
-    """Write the reader as one safetensors file."""
-    widths = json.dumps(list(reader.trunk.config.hidden_sizes))
-    tensors = {name: tensor.contiguous() for name, tensor in reader.state_dict().items()}
-    with atomic_path(path) as part:
-        save_file(tensors, part, {"widths": widths})
+def shares_right(read: Mapping[str, torch.Tensor], pictures: Sequence[Picture]) -> dict[str, float]:
+    """Return the share of right answers to each question, see `Reader.read`.
+
+    Only of pictures where there is something to see, see `traits_to_see`; a question that none of them
+    can answer is left out.
+    """
+    labels, shares = labels_of(pictures), {}
+    for column, name in enumerate(QUESTIONS):
+        asked = labels[:, column] != _NOT_ASKED
+        if asked.any():
+            hits = read[name].argmax(1)[asked] == labels[asked, column]
+            shares[name] = round(float(hits.float().mean()), 4)
+    return shares
 
 
-def load_reader(path: Path) -> Reader:
-    """Return a reader that `pretrain_reader` wrote, ready to read."""
-    with safe_open(path, "pt") as file:
-        reader = Reader(tuple(json.loads(file.metadata()["widths"])))
-        reader.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return reader.eval()
+def save_reader(reader: Reader, folder: Path, shares: Mapping[str, Any]) -> None:
+    """Write the reader in float16, and beside it how often it is right."""
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in reader.state_dict().items()
+    }
+    with atomic_path(folder) as part:
+        part.mkdir()
+        save_file(tensors, part / "model.safetensors", {"size": str(reader.size)})
+        write_json(part / "accuracy.json", shares)

@@ -1,0 +1,125 @@
+"""Which attention the native kernel computes: what it is faster at, by trial on this machine."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from bunny_lora.core import files
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.fast import native
+from bunny_lora.model.fast.attention import Shape, attention
+
+PLAIN = "plain"
+NATIVE = "native attention "
+WORTH_IT = 1.1
+"""How many times as fast it has to be; less is within what a trial on a busy machine is off by."""
+N_WORDS = 77
+N_TRIALS = 5
+# Tokens and heads of a trial: enough for both sides to show what they are, in well under a second.
+MAX_TOKENS, MAX_HEADS = 1024, 8
+
+
+def shapes_of(base_model: Path, resolution: int) -> list[Shape]:
+    """Return the attention of a UNet at so many pixels a side: to itself and to words, by level."""
+    unet = files.read_json(base_model / "unet" / "config.json")
+    levels = unet["block_out_channels"]
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
+    heads = heads if isinstance(heads, Sequence) else [heads] * len(levels)
+    side, found = resolution // 8, []
+    for kind, channels, count in zip(unet["down_block_types"], levels, heads, strict=True):
+        if "CrossAttn" in kind:
+            found += [Shape(side**2, keys, channels // count) for keys in (side**2, N_WORDS)]
+        side = -(-side // 2)
+    return list(dict.fromkeys(found))
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why there is no native attention here; None where there is."""
+    if device.type != "cpu" or dtype not in native.DTYPES:
+        return f"it is for a CPU in float32 or bfloat16, not for {device.type} in {dtype}"
+    try:
+        native.library()
+    except BunnyLoraError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def speed_up(shape: Shape, dtype: torch.dtype) -> float:
+    """Return how many times as fast as torch's own the native attention is, there and back.
+
+    Both take turns, since a machine may be busy with other things; medians are compared.
+    """
+    counts = (min(n, MAX_TOKENS) for n in (shape.queries, shape.keys, shape.keys))
+    inputs = [
+        # No random numbers: those of training stay as they were.
+        torch.linspace(-2, 2, MAX_HEADS * n * shape.features).sin().to(dtype)
+        .view(1, n, MAX_HEADS, shape.features).transpose(1, 2).requires_grad_()
+        for n in counts
+    ]  # fmt: skip
+    times: dict[Any, list[float]] = {scaled_dot_product_attention: [], attention: []}
+    for _ in range(N_TRIALS):
+        for function, seconds in times.items():
+            seconds.append(_seconds(function, inputs))
+    theirs, ours = (statistics.median(seconds[1:]) for seconds in times.values())
+    return theirs / ours
+
+
+def _seconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> float:
+    started = time.perf_counter()
+    out = function(*inputs)
+    torch.autograd.grad(out, inputs, out.detach())
+    return time.perf_counter() - started
+
+
+def choose(
+    setting: str, base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Return what of a UNet the native kernel computes, as a run records it; `read` understands it.
+
+    Args:
+        setting: training.fast_path; `auto` takes what is faster by trial, `on` all, `off` nothing.
+        base_model: the folder of the base model.
+        resolution: pixels a side.
+        device: where the UNet is.
+        dtype: its precision.
+
+    Raises:
+        BunnyLoraError: `on`, and there is no native attention here.
+    """
+    if setting == "off":
+        return PLAIN
+    if reason := why_not(device, dtype):
+        if setting == "on":
+            raise BunnyLoraError(
+                f"training.fast_path: on, but the native attention is not to be had: {reason}. Choose"
+                " auto or off."
+            )
+        return PLAIN
+    shapes = shapes_of(base_model, resolution)
+    if setting == "auto":
+        shapes = [shape for shape in shapes if speed_up(shape, dtype) >= WORTH_IT]
+    return NATIVE + ", ".join(map(str, shapes)) if shapes else PLAIN
+
+
+def read(chosen: str) -> list[Shape]:
+    """Return the shapes that `choose` has named."""
+    texts = chosen.removeprefix(NATIVE).split(", ") if chosen.startswith(NATIVE) else []
+    return [Shape(*map(int, text.split("x"))) for text in texts]
+
+
+def explain(base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why `auto` chose as it did: a reason, or how fast each shape is against torch's own."""
+    if reason := why_not(device, dtype):
+        return reason
+    trials = ((shape, speed_up(shape, dtype)) for shape in shapes_of(base_model, resolution))
+    said = ", ".join(f"{shape} {ratio:.2f}" for shape, ratio in trials)
+    return f"times as fast as torch's own: {said}"
