@@ -33,7 +33,7 @@ PROMPTS = ("{}, sitting, on the beach, at sunset", "{}, standing in the forest",
 
 @pytest.fixture
 def right() -> Traits:
-    return Traits(QUESTIONS, HEROES, COUNTED)
+    return Traits(QUESTIONS, HEROES, (*COUNTED, *axes.ASKED))
 
 
 def read(rows: list[dict[str, str]], sure: float = 1.0) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ class Traits:
     Attributes:
         questions: the answers to every question, in the reader's order.
         right: for each character the right answer to each trait.
-        counted: the traits that the reader reads well enough to count.
+        counted: the questions that the reader answers well enough to count.
     """
 
     questions: Mapping[str, Sequence[str]]
@@ -51,6 +51,10 @@ class Traits:
                 _known(trait, list(self.questions), f"{where} names {trait!r}, which no reader reads")
                 known = list(self.questions[trait])
                 _known(answer, known, f"{where}.{trait}: {answer!r} is no answer")
+
+    def asked(self) -> dict[str, Sequence[str]]:
+        """Return the questions about what a prompt asks for that count."""
+        return {question: self.questions[question] for question in ASKED if question in self.counted}
 
     def of(self, character: str) -> dict[str, str]:
         """Return the right answers that count for a character."""

@@ -53,7 +53,7 @@ def trait_scores(run_dir: Path, config: Config, plan: Sequence[ImageSpec]) -> Tr
         return None
     from bunny_lora.world import traits as world
 
-    right = Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_traits())
+    right = Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
     models = dict.fromkeys(spec.model for spec in plan)
     groups = {model: _group(run_dir, [s for s in plan if s.model == model]) for model in models}
     return summarise(right, groups, _ceiling(config, right, groups["base"]))
@@ -65,7 +65,7 @@ def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> Tra
     everything = {**groups, CEILING: ceiling}
     of_nobody = {model: group.of(NEUTRAL) for model, group in groups.items()}
     return TraitScores(
-        counted=list(right.counted),
+        counted=[trait for trait in right.counted if any(trait in right.of(name) for name in names)],
         identity={model: _identity(right, group, everything, names) for model, group in groups.items()},
         asked={source: _asked(right, group, names) for source, group in everything.items()},
         another={source: _another(right, group, names) for source, group in everything.items()},
@@ -123,7 +123,7 @@ def _identity(
 
 def _asked(right: Traits, group: Group, names: Sequence[str]) -> Interval:
     parts = [group.of(name) for name in names]
-    values = [axes.as_asked(part.read, part.prompts, right.questions) for part in parts]
+    values = [axes.as_asked(part.read, part.prompts, right.asked()) for part in parts]
     return axes.clustered_interval(torch.cat(values), [c for part in parts for c in part.clusters()])
 
 
