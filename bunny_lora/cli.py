@@ -204,7 +204,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
-    print(report.scores_table(evaluate(config.run_dir, config=config)))
+    result = evaluate(config.run_dir, config=config)
+    print(report.scores_table(result))
+    if result.traits:
+        print(f"\n{report.traits_table(result)}")
 
 
 def _config(options: argparse.Namespace) -> None:

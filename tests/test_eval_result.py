@@ -26,6 +26,8 @@ PARTS = (
     eval_result.ScoreTable,
     Intervals,
     eval_result.Interval,
+    eval_result.TraitScores,
+    eval_result.TraitScore,
     eval_result.ReferenceScores,
     eval_result.ImageScores,
     eval_result.RunInfo,

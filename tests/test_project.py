@@ -29,9 +29,9 @@ LAYERS = {
     "entry": {"__main__", "batch", "cli", "session", "sweep"},
 }
 SIBLINGS = ("trainer", "inference")
-# Bunny World stands beside: it uses the lowest three layers, and two doors know of it.
+# Bunny World stands beside: it uses the lowest three layers, and these know of it, each for one thing.
 WORLD_USES = ("ground", "data", "model")
-WORLD_USERS = {"cli", "prepare"}
+WORLD_USERS = {"cli", "evaluation", "prepare"}
 
 MAX_FUNCTION_LINES = 80
 MAX_MODULE_LINES = 400

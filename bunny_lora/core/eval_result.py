@@ -149,6 +149,41 @@ class ImageScores(_Rounded):
     nearest_frame: str | None = Field(None, description="file name of the nearest training frame")
 
 
+class TraitScore(_Rounded):
+    """One trait of one character: how sure the reader is of the right answer, 0 to 1, on average."""
+
+    answer: str = Field(description="the right answer")
+    ceiling: float = Field(description="on renders of the character, through the autoencoder")
+    models: dict[str, float] = Field(description="on the images of `base`, each checkpoint and `final`")
+
+
+class TraitScores(_Part):
+    """What a reader of traits saw: identity, and beside it what was asked for.
+
+    Identity is 0 where the base model stands, and 1 for renders of the character.
+    """
+
+    counted: list[str] = Field(description="the traits that count: those that the reader reads well")
+    identity: dict[str, dict[str, Interval]] = Field(
+        description="of each model, over `all` images and over those of each character"
+    )
+    asked: dict[str, Interval] = Field(
+        description="of each model and of `ceiling`, the share of place, light and pose as asked"
+    )
+    another: dict[str, Interval] = Field(
+        description="of each model and of `ceiling`, the share of a character's images with another"
+        " one's fur, outfit or mark, 0 to 1, lower is better"
+    )
+    nobody: dict[str, Interval] = Field(
+        description="of each model, the share of images of nobody in a character's fur"
+    )
+    traits: dict[str, dict[str, TraitScore]] = Field(description="every trait of every character")
+    confusion: list[list[float | None]] = Field(
+        description="of `final`, a row a character and one for nobody: the shares of its images that"
+        " have each character's fur, and nobody's; null without images"
+    )
+
+
 class MeanScores(_Part):
     """The means of a result, as handover.json passes them on."""
 
@@ -175,6 +210,14 @@ class EvalResult(_Part):
     drift: Interval = Field(
         description="1 minus the cosine between `base` and `final` on prompts that name nobody, 0 to 2,"
         " lower is better"
+    )
+    drift_ratio: Interval | None = Field(
+        None,
+        description="drift over what another seed changes, 0: nothing, 1: as much as that; null of a"
+        " single image a prompt",
+    )
+    traits: TraitScores | None = Field(
+        None, description="identity by traits; null where `evaluation.traits` names none"
     )
     reference: ReferenceScores = Field(description="what the training data scores among itself")
     seconds_per_image: float = Field(ge=0, description="median time of drawing an image, in seconds")

@@ -193,5 +193,8 @@ class EvaluationSection(Section):
     """Pictures a prompt and character, each from a seed of its own."""
     seed: int = Field(1000, ge=0)
     """Of the evaluation alone, apart from training's."""
+    traits: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
+    then tells identity trait by trait."""
     features: str = "palette"
     """What measures similarity: palette (colours), bunny-world, or a CLIP model, folder or hub name."""

@@ -34,7 +34,7 @@ from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import Sample, read_samples
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import metrics, protocol
+from bunny_lora.evaluation import metrics, protocol, traits, world_traits
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
@@ -135,6 +135,10 @@ def _score_and_write(
         models={model: table(found, characters) for model, found in scores.items()},
         differences=table(scores["final"], characters, scores["base"]),
         drift=metrics.interval(metrics.drift(*(vectors[rows] for rows in neutral))),
+        drift_ratio=traits.drift_ratio(
+            vectors[neutral[0]], vectors[neutral[1]], [plan[row].prompt_index for row in neutral[0]]
+        ),
+        traits=world_traits.trait_scores(run_dir, config, plan),
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
         images=image_scores(plan, scores, frames, data.frames),

@@ -13,6 +13,7 @@ from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
+from bunny_lora.report.trait_scores import traits_chart, traits_table
 
 __all__ = [
     "before_after_grid",
@@ -29,4 +30,6 @@ __all__ = [
     "save_figure",
     "scores_chart",
     "scores_table",
+    "traits_chart",
+    "traits_table",
 ]

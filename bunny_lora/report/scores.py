@@ -110,13 +110,17 @@ def training_score(result: EvalResult, measure: str, row: str) -> float | None:
 def _headline(result: EvalResult) -> str:
     """Say what happened to fidelity, and whether more than chance is behind it."""
     change = result.differences.all.fidelity
-    mean = _number(change.mean, "+")
+    mean = number(change.mean, "+")
     if change.low is None or change.high is None:
         return f"Fidelity changed by {mean}; too few images to say more"
-    span = f"{mean} (95 %: {_number(change.low, '+')} to {_number(change.high, '+')})"
+    span = f"{mean} (95 %: {number(change.low, '+')} to {number(change.high, '+')})"
     if change.low <= 0 <= change.high:
         return f"No clear change in fidelity: {span}"
     return f"The LoRA {'raised' if change.mean > 0 else 'lowered'} fidelity: {span}"
+
+
+def _drift_line(ratio: Interval) -> str:
+    return f"that is {number(ratio.mean)} of what another seed changes (1: as much)"
 
 
 def scores_table(result: EvalResult) -> str:
@@ -135,7 +139,8 @@ def scores_table(result: EvalResult) -> str:
     drift = result.drift
     lines += [
         "-" * TABLE_WIDTH,
-        f"drift of prompts without a name {_number(drift.mean)} (0: nothing changed), n = {drift.n}",
+        f"drift of prompts without a name {number(drift.mean)} (0: nothing changed), n = {drift.n}",
+        *([_drift_line(result.drift_ratio)] if result.drift_ratio else []),
         f"separation by guessing {result.reference.chance_level:.3f}",
         f"features: {result.settings.features}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
@@ -148,21 +153,22 @@ def _score_line(result: EvalResult, measure: str, row: str) -> str:
         score_of(table, row, measure)
         for table in (result.models["base"], result.models["final"], result.differences)
     )
-    means = f"{_number(_mean(base)):>8}{_number(_mean(final)):>8}"
+    means = f"{number(_mean(base)):>8}{number(_mean(final)):>8}"
     span = (
-        f"{_number(change.low, '+')} to {_number(change.high, '+')}"
+        f"{number(change.low, '+')} to {number(change.high, '+')}"
         if change and change.low is not None
         else "-"
     )
-    of_data = _number(training_score(result, measure, row))
-    return f"{measure:<12}{means}{_number(_mean(change), '+'):>9}{span:>20}{of_data:>9}"
+    of_data = number(training_score(result, measure, row))
+    return f"{measure:<12}{means}{number(_mean(change), '+'):>9}{span:>20}{of_data:>9}"
 
 
 def _mean(value: Interval | None) -> float | None:
     return value.mean if value else None
 
 
-def _number(value: float | None, sign: str = "") -> str:
+def number(value: float | None, sign: str = "") -> str:
+    """Return a number with three decimals, "-" for none, and never a negative zero."""
     if value is None:
         return "-"
     text = f"{value:{sign}.3f}"

@@ -176,10 +176,15 @@ def read_traits(images: torch.Tensor) -> dict[str, torch.Tensor]:
     return load_reader().read(images)
 
 
-def reliable_traits(camera: str = "medium") -> tuple[str, ...]:
-    """Return the traits that the shipped reader reads well enough, seen by that camera, to count."""
+def reliable_questions(camera: str = "medium") -> tuple[str, ...]:
+    """Return all questions that the shipped reader answers well enough to count, traits among them."""
     shares = read_json(WORLD_WEIGHTS / "reader" / "accuracy.json")["reconstructions"][camera]
-    return tuple(name for name in TRAITS if shares[name] >= RELIABLE)
+    return tuple(name for name in QUESTIONS if shares[name] >= RELIABLE)
+
+
+def reliable_traits(camera: str = "medium") -> tuple[str, ...]:
+    """Return the traits among `reliable_questions`."""
+    return tuple(name for name in reliable_questions(camera) if name in TRAITS)
 
 
 def traits_to_see(

@@ -1,0 +1,192 @@
+"""Traits read by Bunny World's own reader, off a run's images and off renders of its characters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from bunny_lora.config import Config
+from bunny_lora.core.eval_result import Interval, TraitScore, TraitScores
+from bunny_lora.data.images import open_rgb
+from bunny_lora.evaluation import traits as axes
+from bunny_lora.evaluation.protocol import NEUTRAL, ImageSpec
+from bunny_lora.evaluation.traits import Reading, Traits
+from bunny_lora.model import components
+
+SIZE_PX = 128
+N_RENDERS = 8
+"""Renders of a character for each prompt: the ceiling."""
+ALL, CEILING = "all", "ceiling"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one source, "base" or "ceiling" for one: what each should show, and what was read."""
+
+    characters: list[str]
+    prompts: list[str]
+    read: Reading
+
+    def of(self, character: str) -> Group:
+        """Return those of one character, or of nobody for `NEUTRAL`."""
+        rows = [row for row, name in enumerate(self.characters) if name == character]
+        read = {question: answers[rows] for question, answers in self.read.items()}
+        return Group([character] * len(rows), [self.prompts[row] for row in rows], read)
+
+    def clusters(self) -> list[tuple[str, str]]:
+        """Return what makes images alike beside their seed."""
+        return list(zip(self.characters, self.prompts, strict=True))
+
+
+def trait_scores(run_dir: Path, config: Config, plan: Sequence[ImageSpec]) -> TraitScores | None:
+    """Return what the reader sees in a run's images; None where the configuration names no traits.
+
+    Raises:
+        BunnyLoraError: a trait or an answer that the reader does not know.
+    """
+    if not config.evaluation.traits:
+        return None
+    from bunny_lora.world import traits as world
+
+    right = Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
+    models = dict.fromkeys(spec.model for spec in plan)
+    groups = {model: _group(run_dir, [s for s in plan if s.model == model]) for model in models}
+    return summarise(right, groups, _ceiling(config, right, groups["base"]))
+
+
+def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> TraitScores:
+    """Return the scores of every model's images, between those of "base" and of `ceiling`."""
+    names = [name for name in dict.fromkeys(ceiling.characters) if right.of(name)]
+    everything = {**groups, CEILING: ceiling}
+    of_nobody = {model: group.of(NEUTRAL) for model, group in groups.items()}
+    return TraitScores(
+        counted=[trait for trait in right.counted if any(trait in right.of(name) for name in names)],
+        identity={model: _identity(right, group, everything, names) for model, group in groups.items()},
+        asked={source: _asked(right, group, names) for source, group in everything.items()},
+        another={source: _another(right, group, names) for source, group in everything.items()},
+        nobody={
+            model: axes.clustered_interval(right.shows_a_hero(group.read).float(), group.prompts)
+            for model, group in of_nobody.items()
+            if group.prompts
+        },
+        traits={name: _traits(right, name, groups, ceiling) for name in names},
+        confusion=_confusion(right, groups["final"], names),
+    )
+
+
+def _traits(
+    right: Traits, name: str, groups: Mapping[str, Group], ceiling: Group
+) -> dict[str, TraitScore]:
+    means = {model: _means(right, group, name) for model, group in groups.items()}
+    best = _means(right, ceiling, name)
+    return {
+        trait: TraitScore(
+            answer=answer,
+            ceiling=best[trait],
+            models={model: found[trait] for model, found in means.items() if found},
+        )
+        for trait, answer in right.of(name).items()
+    }
+
+
+def _means(right: Traits, group: Group, name: str) -> dict[str, float]:
+    """Return how sure the reader is of each right answer; nothing of a character without images."""
+    scores = right.scores(group.of(name).read, name)
+    return {trait: float(p.mean()) for trait, p in scores.items() if len(p)}
+
+
+def _identity(
+    right: Traits, group: Group, everything: Mapping[str, Group], names: Sequence[str]
+) -> dict[str, Interval]:
+    """Return identity between floor and ceiling, over all images and over those of each character."""
+    values, clusters, found = [], [], {}
+    for name in names:
+        part = group.of(name)
+        if not part.prompts:
+            continue
+        floor, ceiling = (
+            float(torch.tensor(list(_means(right, everything[source], name).values())).mean())
+            for source in ("base", CEILING)
+        )
+        sure = torch.stack(list(right.scores(part.read, name).values())).mean(0)
+        placed = axes.normalised(sure, floor, ceiling)
+        found[name] = axes.clustered_interval(placed, part.clusters())
+        values.append(placed)
+        clusters += part.clusters()
+    return {ALL: axes.clustered_interval(torch.cat(values), clusters)} | found
+
+
+def _asked(right: Traits, group: Group, names: Sequence[str]) -> Interval:
+    parts = [group.of(name) for name in names]
+    values = [axes.as_asked(part.read, part.prompts, right.asked()) for part in parts]
+    return axes.clustered_interval(torch.cat(values), [c for part in parts for c in part.clusters()])
+
+
+def _another(right: Traits, group: Group, names: Sequence[str]) -> Interval:
+    parts = {name: group.of(name) for name in names}
+    values = [right.is_another(part.read, name).float() for name, part in parts.items()]
+    clusters = [c for part in parts.values() for c in part.clusters()]
+    return axes.clustered_interval(torch.cat(values), clusters)
+
+
+def _confusion(right: Traits, group: Group, names: Sequence[str]) -> list[list[float | None]]:
+    table = axes.confusion(group.read, names, group.characters, right)
+    return [[None if np.isnan(share) else round(float(share), 4) for share in row] for row in table]
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def _group(run_dir: Path, specs: Sequence[ImageSpec]) -> Group:
+    images = [open_rgb(run_dir / "evaluation" / spec.file) for spec in specs]
+    return Group([spec.character for spec in specs], [spec.prompt for spec in specs], _read(images))
+
+
+def _read(images: Sequence[Image.Image]) -> Reading:
+    from bunny_lora.world import traits as world
+
+    squares = [ImageOps.fit(image, (SIZE_PX, SIZE_PX)) for image in images]
+    pixels = np.stack([np.asarray(square) for square in squares])
+    return world.read_traits(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def _ceiling(config: Config, right: Traits, base: Group) -> Group:
+    """Return renders of each character as its prompts ask, as the autoencoder gives them back."""
+    from bunny_lora.world.asked import camera_of, render_as_asked
+
+    wanted = [
+        (name, prompt)
+        for name, prompt in dict.fromkeys(base.clusters())
+        if name in config.evaluation.traits
+        for _ in range(N_RENDERS)
+    ]
+    renders = [
+        render_as_asked(
+            right.right[name],
+            axes.asked_for(prompt, right.questions),
+            camera=camera_of(prompt),
+            number=number,
+            size_px=SIZE_PX,
+        )
+        for number, (name, prompt) in enumerate(wanted)
+    ]
+    images = _through_autoencoder(renders)
+    return Group([name for name, _ in wanted], [prompt for _, prompt in wanted], _read(images))
+
+
+def _through_autoencoder(images: Sequence[Image.Image]) -> list[Image.Image]:
+    vae = components.load_components(components.BUNNY_WORLD, torch.device("cpu"), torch.float32).vae
+    returned = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mean
+            decoded = vae.decode(latents).sample
+        array = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        returned.append(Image.fromarray(array))
+    return returned

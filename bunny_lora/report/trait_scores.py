@@ -1,0 +1,96 @@
+"""The two axes of a run, identity and what was asked for, trait by trait: as a table and as a chart."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bunny_lora.core.eval_result import EvalResult, Interval, TraitScore, TraitScores
+from bunny_lora.report.plot import LABEL_PT, SMALL_PT, Plot, clean, cut
+from bunny_lora.report.scores import conditions, number
+
+NO_TRAITS = "No traits were read: evaluation.traits names none."
+CELL_IN = 0.42
+
+
+def traits_table(result: EvalResult) -> str:
+    """Return identity and what was asked for, side by side, and every trait."""
+    if (found := result.traits) is None:
+        return NO_TRAITS
+    final, names = found.identity["final"], list(found.traits)
+    lines = [
+        f"{'identity':<26}{_span(final['all'])}   0: the base model, 1: the character itself",
+        f"{'as asked':<26}{_span(found.asked['final'])}   base {number(found.asked['base'].mean)},"
+        f" renders {number(found.asked['ceiling'].mean)}",
+        f"{'another one mixed in':<26}{_span(found.another['final'])}   base"
+        f" {number(found.another['base'].mean)}, renders {number(found.another['ceiling'].mean)}",
+    ]
+    if nobody := found.nobody.get("final"):
+        base = number(found.nobody["base"].mean)
+        lines.append(f"{'heroes on nobody':<26}{_span(nobody)}   base {base}")
+    if result.drift_ratio:
+        lines.append(f"{'drift':<26}{_span(result.drift_ratio)}   1: as another seed")
+    lines += ["", f"{'':<26}" + "".join(f"{cut(trait, 13):>14}" for trait in found.counted)]
+    for name in names:
+        cells = [found.traits[name].get(trait) for trait in found.counted]
+        shown = [f"{number(_place(cell)):>14}" if cell else f"{'-':>14}" for cell in cells]
+        label = f"{cut(name, 14)} {number(final[name].mean)}" if name in final else cut(name, 20)
+        lines.append(f"{label:<26}" + "".join(shown))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _place(score: TraitScore) -> float | None:
+    """Return where the LoRA stands with a trait between base model, 0, and renders, 1."""
+    base, final = score.models.get("base"), score.models.get("final")
+    if base is None or final is None or score.ceiling - base < 0.05:  # nothing to learn
+        return None
+    return (final - base) / (score.ceiling - base)
+
+
+def _span(value: Interval) -> str:
+    if value.low is None or value.high is None:
+        return f"{number(value.mean):>6}"
+    return f"{number(value.mean):>6} ({number(value.low)} to {number(value.high)})"
+
+
+def traits_chart(result: EvalResult) -> Figure:
+    """Show identity trait by trait, and whose fur was drawn on whom; both axes in the title."""
+    found = result.traits
+    if found is None:
+        return Plot(0.7, NO_TRAITS)
+    names, n_traits = list(found.traits), len(found.counted)
+    height = CELL_IN * (len(names) + 1)
+    figure = Plot(height + 2.1, _both_axes(found), conditions(result))
+    places = np.full((len(names), n_traits), np.nan)
+    for row, name in enumerate(names):
+        for column, trait in enumerate(found.counted):
+            score = found.traits[name].get(trait)
+            place = _place(score) if score else None
+            places[row, column] = np.nan if place is None else place
+    axes = figure.panel(1.1, 1.5, CELL_IN * 1.3 * n_traits, CELL_IN * len(names))
+    _cells(axes, places, names, found.counted, "trait by trait (0 base, 1 right)")
+    shares = np.array(found.confusion, dtype=float)
+    left = 1.1 + CELL_IN * 1.3 * n_traits + 1.3
+    axes = figure.panel(left, 1.5, CELL_IN * 1.3 * (len(names) + 1), CELL_IN * (len(names) + 1))
+    _cells(axes, shares, [*names, "nobody"], [*names, "nobody"], "asked for, and whose fur is seen")
+    return figure
+
+
+def _both_axes(found: TraitScores) -> str:
+    identity, asked = found.identity["final"]["all"], found.asked["final"]
+    return f"Identity {number(identity.mean)}, as asked {number(asked.mean)}"
+
+
+def _cells(axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], title: str) -> None:
+    """Draw a table of shares; the number in each cell says what its shade does."""
+    clean(axes, title)
+    axes.title.set_fontsize(LABEL_PT)
+    axes.imshow(np.clip(values, 0, 1), cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    axes.set_xticks(range(len(columns)), [cut(c, 13) for c in columns], rotation=30, ha="left")
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(rows)), [cut(row, 14) for row in rows])
+    for (row, column), value in np.ndenumerate(values):
+        text = "-" if np.isnan(value) else f"{value:.2f}"
+        colour = "white" if value > 0.7 else "#222222"
+        axes.text(column, row, text, ha="center", va="center", size=SMALL_PT, color=colour)
