@@ -188,7 +188,7 @@ def test_a_lora_is_named_after_what_says_something(
         ("bunny film", "bunny film"),
         ("a/b: <c>?", "a_b_ _c__"),
         ("con", "con_"),
-        ("NUL.txt", "NUL.txt_"),
+        ("NUL.txt", "NUL_.txt"),
         ("лиса 🦊", "лиса 🦊"),
         ("я" * 200, "я" * 60),
         (" ... ", "lora"),

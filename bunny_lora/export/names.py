@@ -42,4 +42,4 @@ def file_stem(title: str) -> str:
     """Return a title as the name of a file, on Windows too, without its ending."""
     stem = re.sub(r'[<>:"/\\|?*`\x00-\x1f\x7f]', "_", title)
     stem = stem.encode()[:_MAX_NAME].decode("utf-8", "ignore").strip(" .") or "lora"
-    return f"{stem}_" if _RESERVED.fullmatch(stem) else stem
+    return re.sub(r"^[^.]+", r"\g<0>_", stem) if _RESERVED.fullmatch(stem) else stem

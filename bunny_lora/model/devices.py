@@ -50,9 +50,13 @@ def _container_bytes() -> float:
     """Return what a container's limit leaves; the computer's own numbers know nothing of it."""
     group = Path("/sys/fs/cgroup")
     try:
-        limit = float((group / "memory.max").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = float((group / "memory.current").read_text()) - float(stat["inactive_file"])
+        limit = float((group / "memory.max").read_text(encoding="utf-8"))
+        stat = dict(
+            line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
+        used = float((group / "memory.current").read_text(encoding="utf-8")) - float(
+            stat["inactive_file"]
+        )
         return limit - used
     except (OSError, ValueError, KeyError):  # No limit ("max"), or no such system.
         return float("inf")
