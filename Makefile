@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test torture notebooks schema lint lab lock clean
+.PHONY: help demo test torture bench notebooks schema lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -52,6 +52,11 @@ test: lint ## Lint, types, fast tests, and the notebooks at smoke size
 
 torture: $(INSTALLED) ## Kill training 55 times, resume, and compare every byte; about ten minutes
 	$(BIN)/python tests/torture.py --kills 50 --papermill 5
+
+# RESOLUTION makes it smaller where 512 px takes too long: make bench RESOLUTION=128
+RESOLUTION ?= 512
+bench: $(INSTALLED) ## Time a training image against the ancestor's, and add it to docs/benchmarks.md
+	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) --append docs/benchmarks.md
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace
