@@ -14,7 +14,7 @@ NOTEBOOKS := 01_prepare 02_train 03_evaluate
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test torture readers notebooks schema lint lab lock clean
+.PHONY: help demo test torture readers bench notebooks schema lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -62,6 +62,11 @@ $(READERS):
 
 readers: $(INSTALLED) | $(READERS) ## Have other programs draw with what we export, and compare
 	PYTHONPATH=$(READERS) $(BIN)/python tests/readers.py
+
+# RESOLUTION makes it smaller where 512 px takes too long: make bench RESOLUTION=128
+RESOLUTION ?= 512
+bench: $(INSTALLED) ## Time a training image against the ancestor's, and add it to docs/benchmarks.md
+	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) --append docs/benchmarks.md
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace

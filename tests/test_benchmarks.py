@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import CHECKOUT
 
+TRAIN_STEP = CHECKOUT / "benchmarks" / "train_step.py"
 COST = CHECKOUT / "benchmarks" / "cost.py"
 
 
@@ -59,3 +60,18 @@ def test_the_cost_is_measured_by_one_command() -> None:
     numbers = {name: float(value.replace(",", "")) for name, value in pieces.items()}
     assert numbers.pop("decode_sec") >= 0  # what is left of a picture without its steps
     assert all(number > 0 for number in numbers.values()), numbers
+
+
+def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path) -> None:
+    results = tmp_path / "benchmarks.md"
+    results.write_text("before\n")
+    command = [sys.executable, str(TRAIN_STEP), "--quick", "--repeats", "1", "--append", str(results)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    text = results.read_text()
+    assert text.startswith("before\n")
+    assert "random-tiny at 64 px" in text and "load" in text and "torch 2." in text
+    (apart,) = re.findall(r"losses of ancestor and ours on one micro-batch: (\S+) apart", text)
+    assert float(apart) < 1e-4
+    rows = re.findall(r"^\| ([^|\n]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    assert [name for name, _ in rows][:2] == ["the ancestor's loop", "ours"]
+    assert all(float(seconds) > 0 for _, seconds in rows)

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_before_training_with_what_to_lower(
 ) -> None:
     draw_frames(project / "data" / "instance_images", 2)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 1e6)
-    monkeypatch.setattr(memory, "picture_bytes", lambda *_: -memory.SPARE)
+    monkeypatch.setattr(memory, "image_bytes", lambda *_: -memory.SPARE)
     trainer = LoRATrainer(config=tiny_config(tiny_model, training={"batch_size": 2}))
     with pytest.raises(BunnyLoraError, match=r"(?s)0\.0 GB of memory.*checkpointing.*batch_size.*32"):
         trainer.train()

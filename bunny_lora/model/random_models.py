@@ -131,7 +131,7 @@ def build_pipeline(
         built = {}
         for name, build in parts.items():
             # Its old name: another would draw other weights, and old runs could not go on.
-            torch.manual_seed(derive_seed(seed, f"random model {name}"))
+            torch.manual_seed(derive_seed(seed, f"stand-in {name}"))
             built[name] = build()
     return diffusers.StableDiffusionPipeline(
         **built,
