@@ -132,7 +132,7 @@ def _processor() -> str:
 
 def mathematical_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     """Return one line for each difference that makes it another run."""
-    unused = {f"training.{key}" for key in unused_keys(now.settings["training.lr_scheduler"])}
+    unused = {f"training.{key}" for key in unused_keys(now.settings.get("training.lr_scheduler", ""))}
     # Of a file that has moved, the digest tells that it is the same.
     same_base = before.base_commit is not None and before.base_commit == now.base_commit
     found = _compare(before.settings, now.settings, unused | ({"base_model"} if same_base else set()))
