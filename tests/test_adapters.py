@@ -104,7 +104,6 @@ def test_the_text_encoder_has_targets_of_its_own(tiny_model: str) -> None:
         ("unet", ["attn1"], r"'attn1' is no layer but holds to_k, to_out\.0, to_q, to_v"),
         ("unet", ["to_q", "ff.0"], r"'ff\.0' is none, the nearest: .*ff\.net"),
         ("unet", ["zzzzzzz"], r"'zzzzzzz' is none; there are conv, conv1, .*to_q"),
-        ("unet", [""], r"'' is none"),
         ("text_encoder", ["q_proj", "fc3"], r"'fc3' is none, the nearest: fc[12]"),
     ],
 )

@@ -192,7 +192,7 @@ UNREADABLE = {
     "empty": (b"", "Could not read"),
     "cut off": (b'{"peft_type": "LO', "Could not read"),
     "not UTF-8": (b'{"a": "\xe9"}', "Could not read"),
-    "nested deeply": (b"[" * 100_000, "cannot be read"),
+    "nested deeply": (b"[" * 100_000, "Could not read"),
     "a list": (b"[]", "cannot be used: the file"),
     "nothing in it": (b"{}", "cannot be used: peft_type"),
 }
