@@ -71,7 +71,7 @@ def read_sweep(path: Path) -> tuple[Path, list[Run]]:
     try:
         sweep = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
-        reason = "; ".join(_told(error)) if isinstance(error, ValidationError) else error
+        reason = "; ".join(_reasons(error)) if isinstance(error, ValidationError) else error
         raise BunnyLoraError(
             f"{path} is no sweep: {reason}. It takes config, output_dir and grid, as in"
             " params/sweeps/rank.yaml."
@@ -94,7 +94,7 @@ def read_sweep(path: Path) -> tuple[Path, list[Run]]:
     return paths.resolve(sweep.output_dir), list(found.values())
 
 
-def _told(error: ValidationError) -> list[str]:
+def _reasons(error: ValidationError) -> list[str]:
     return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
 
 

@@ -67,15 +67,15 @@ def is_full(unet: diffusers.UNet2DConditionModel) -> bool:
     Raises:
         BunnyLoraError: it has neither those nor BK-SDM-Tiny's: no program would know it.
     """
-    told = {key: unet.config[key] for key in UNETS[0]}
-    told = {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
-    if told not in UNETS or unet.config["use_linear_projection"]:
+    shape = {key: unet.config[key] for key in UNETS[0]}
+    shape = {key: list(value) if isinstance(value, tuple) else value for key, value in shape.items()}
+    if shape not in UNETS or unet.config["use_linear_projection"]:
         raise BunnyLoraError(
             "A checkpoint in one file is written of Stable Diffusion 1.x and of BK-SDM-Tiny, which"
             " other programs know by their blocks; this model has others, or is a Stable Diffusion 2.x:"
             " choose --format merged."
         )
-    return told == UNETS[0]
+    return shape == UNETS[0]
 
 
 def state_dict(pipe: diffusers.StableDiffusionPipeline) -> dict[str, torch.Tensor]:

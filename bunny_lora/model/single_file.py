@@ -66,17 +66,17 @@ def converted(path: Path) -> Path:
         return known
     header = _header(path)
     _refuse_other_kinds(path, header)
-    told = {"sha256": _digest(path)} | _stamp(path)
-    folder = _known(home, {"sha256": told["sha256"]}) or home / f"{path.stem}-{told['sha256'][:8]}"
+    origin = {"sha256": _digest(path)} | _stamp(path)
+    folder = _known(home, {"sha256": origin["sha256"]}) or home / f"{path.stem}-{origin['sha256'][:8]}"
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f".{folder.name}.lock"):
         if not (folder / SOURCE).is_file():
             print(f"Converting {path.name}, once, to {paths.relative(folder)}")
             with files.atomic_path(folder) as part:
                 _convert(path, part, header)
-                files.write_json(part / SOURCE, told)
-        elif files.read_json(folder / SOURCE) != told:
-            files.write_json(folder / SOURCE, told)
+                files.write_json(part / SOURCE, origin)
+        elif files.read_json(folder / SOURCE) != origin:
+            files.write_json(folder / SOURCE, origin)
     return folder
 
 
@@ -144,7 +144,7 @@ def _refuse_other_kinds(path: Path, header: _Header) -> None:
         raise BunnyLoraError(f"{path.name} is a LoRA, no base model: draw with it by --lora-weights.")
     kind = infer_diffusers_model_type(names)
     if kind != "v1":
-        called = next((told for start, told in TYPES.items() if kind.startswith(start)), kind)
+        called = next((label for start, label in TYPES.items() if kind.startswith(start)), kind)
         raise BunnyLoraError(
             f"{path.name} is {called}; of models in one file, base_model takes Stable Diffusion 1.x."
         )

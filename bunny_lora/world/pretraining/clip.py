@@ -177,7 +177,7 @@ def hue_rotation(angle: float) -> torch.Tensor:
 
 
 def _loss(
-    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, hues: torch.Tensor
+    clip: CLIPModel, images: torch.Tensor, tokens: torch.Tensor, captions_hold: torch.Tensor
 ) -> torch.Tensor:
     """Return the loss of a batch.
 
@@ -185,13 +185,13 @@ def _loss(
         clip: the model.
         images: two of each character, [N, 2, 3, H, W] from -1 to 1.
         tokens: the caption of each, [2 * N, T].
-        told: the characters that the captions are true of, bool [N].
+        captions_hold: the characters that the captions are true of, bool [N].
     """
     n = len(images)
     with torch.autocast(images.device.type, torch.bfloat16):
         seen = clip.get_image_features(pixel_values=images.flatten(0, 1)).pooler_output.float()
         said = clip.get_text_features(input_ids=tokens).pooler_output.float()
-    pairs, true = seen.view(n, 2, -1), hues.repeat_interleave(2)
+    pairs, true = seen.view(n, 2, -1), captions_hold.repeat_interleave(2)
     identity = _contrast(pairs[:, 0], pairs[:, 1], 1 / _TEMPERATURE)
     captions = _contrast(seen[true], said[true], clip.logit_scale.exp().clamp(max=100))
     return _IDENTITY_WEIGHT * identity + captions
@@ -250,9 +250,9 @@ def pretrain_clip(
             for index in chosen
             for number in range(2)
         ]
-        images, hues = hues_turned(torch.from_numpy(pictures[chosen]), rng)
+        images, captions_hold = hues_turned(torch.from_numpy(pictures[chosen]), rng)
         tokens = components.tokenize(tokenizer, texts).to(device)
-        return _loss(clip, to_unit(images, device), tokens, hues.to(device))
+        return _loss(clip, to_unit(images, device), tokens, captions_hold.to(device))
 
     for progress in state.train(
         loss_of,
