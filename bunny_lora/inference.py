@@ -152,7 +152,7 @@ def recorded_base_model(weights: Path | None) -> str:
 def _is_here(name: str) -> bool:
     try:
         return components.folder_here(name) is not None
-    except (OSError, RuntimeError):  # no name that a folder can have
+    except (OSError, BunnyLoraError):  # no name that a folder can have
         return False
 
 

@@ -50,7 +50,8 @@ def open_config(
     overrides = copy.deepcopy(dict(finetuning or {}))
     for name, value in named.items():
         if value is not None:
-            configuration.set_key(overrides, SHORT_NAMES[name], value)
+            text = str(value) if isinstance(value, Path) else value
+            configuration.set_key(overrides, SHORT_NAMES[name], text)
     for assignment in settings or []:
         configuration.assign(overrides, assignment)
     path, reason = _choose(config_path, finetuning, overrides)

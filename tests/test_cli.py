@@ -20,7 +20,9 @@ from bunny_lora.world.film import write_film
 def config_file(project: Path, tiny_model: str) -> Path:
     draw_frames(project / "data" / "instance_images", 3)
     path = project / "params" / "tiny.yaml"
-    path.write_text(tiny_config(tiny_model, training={"max_train_steps": 1}).to_yaml())
+    path.write_text(
+        tiny_config(tiny_model, training={"max_train_steps": 1}, character_names=["ellie"]).to_yaml()
+    )
     return path
 
 
@@ -99,6 +101,8 @@ def test_what_is_typed_starts_at_the_working_folder_and_yaml_at_the_root(
     size = ["--width", "32", "--height", "32", "--steps", "1"]
     assert cli.main(["train", "--config", "params/tiny.yaml"]) == 0
     assert (project / "run" / "final").is_dir(), "output_dir of the YAML starts at the root"
+    assert cli.main(["train", "--config", "params/tiny.yaml", "--output-dir", "typed"]) == 0
+    assert (here / "typed" / "final").is_dir()
     one = ["generate", "--lora-weights", "run", "--prompt", "ellie", *size]
     assert cli.main(one) == 0
     assert cli.main([*one, "--output", "made/two.png"]) == 0
@@ -108,7 +112,7 @@ def test_what_is_typed_starts_at_the_working_folder_and_yaml_at_the_root(
         cli.main(["export", "--lora-weights", "run", "--output", "exported", "--format", "peft"]) == 0
     )
     made = {path.name for path in here.iterdir()} - {"prompts.txt"}
-    assert made == {"out.png", "made", "many", "exported"}
+    assert made == {"out.png", "made", "many", "exported", "typed"}
     assert (here / "many" / "0000-42.png").is_file() and (here / "made" / "two.png").is_file()
 
 

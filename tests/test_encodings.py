@@ -41,7 +41,12 @@ NOTHING_BUT_ASCII |= {"PYTHONIOENCODING": "ascii"}
 @pytest.fixture
 def config_file(project: Path, tiny_model: str) -> Path:
     training = {"max_train_steps": 1, "validation_prompt": RABBIT}
-    config = tiny_config(tiny_model, training=training, evaluation={"prompts": [RABBIT, "{name}"]})
+    config = tiny_config(
+        tiny_model,
+        training=training,
+        evaluation={"prompts": [RABBIT, "{name}"]},
+        character_names=["ellie"],
+    )
     path = project / "params" / "tiny.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     return path

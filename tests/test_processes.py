@@ -241,7 +241,7 @@ import torch
 from bunny_lora.training.distributed import process_group
 for _ in range(2):
     with process_group(torch.device("cpu")) as group:
-        group.wait()
+        group.barrier()
 """
 
 

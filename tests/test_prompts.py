@@ -54,7 +54,7 @@ def test_every_door_says_so_once(
     draw_frames(project / "data" / "instance_images", 2)
     training = {"max_train_steps": 1, "validation_prompt": [LONG, f"{LONG} (now:1.1)"]}
     settings = {"prompts": [f"{{name}}, {LONG}"]}
-    config = tiny_config(tiny_model, training=training, evaluation=settings)
+    config = tiny_config(tiny_model, training=training, evaluation=settings, character_names=["ellie"])
     LoRATrainer(config=config).train()
     out = capsys.readouterr().out
     assert out.count("Validation prompts: The text encoder reads 75 tokens") == 1

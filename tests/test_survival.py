@@ -238,14 +238,14 @@ def test_a_step_without_finite_numbers_is_skipped_and_counted_also_after_a_stop(
     whole.train()
     log = report.read_log(whole.run_dir)
     assert [record["skipped"] for record in log] == [False, False, True, False, False, False]
-    assert whole.state.skipped == 1
+    assert whole.setup.state.skipped == 1
     stopped = make(tiny_model)
     spoil(stopped, {3})
     at_step(stopped, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(interrupts.StoppedError):
         stopped.train()
     resumed = train(tiny_model)
-    assert resumed.state.skipped == 1 and outcome(resumed) == outcome(whole)
+    assert resumed.setup.state.skipped == 1 and outcome(resumed) == outcome(whole)
 
 
 def test_too_many_in_a_row_stop_the_run_with_advice_and_good_weights(
