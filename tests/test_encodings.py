@@ -45,7 +45,7 @@ def config_file(project: Path, tiny_model: str) -> Path:
         tiny_model,
         training=training,
         evaluation={"prompts": [RABBIT, "{name}"]},
-        character_names=["ellie"],
+        character_names=["zoë"],
     )
     path = project / "params" / "tiny.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
