@@ -31,13 +31,22 @@ def traits_table(result: EvalResult) -> str:
         lines.append(f"{'heroes on nobody':<26}{_span(nobody)}   base {base}")
     if result.drift_ratio:
         lines.append(f"{'drift':<26}{_span(result.drift_ratio)}   1: as another seed")
-    lines += ["", f"{'':<26}" + "".join(f"{cut(trait, 13):>14}" for trait in found.counted)]
+    lines += [
+        "",
+        _counting(found),
+        "",
+        f"{'':<26}" + "".join(f"{cut(trait, 13):>14}" for trait in found.counted),
+    ]
     for name in names:
         cells = [found.traits[name].get(trait) for trait in found.counted]
         shown = [f"{number(_place(cell)):>14}" if cell else f"{'-':>14}" for cell in cells]
         label = f"{cut(name, 14)} {number(final[name].mean)}" if name in final else cut(name, 20)
         lines.append(f"{label:<26}" + "".join(shown))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _counting(found: TraitScores) -> str:
+    return f"traits that the reader reads well enough to count: {', '.join(found.counted)}"
 
 
 def _place(score: TraitScore) -> float | None:
@@ -61,7 +70,8 @@ def traits_chart(result: EvalResult) -> Figure:
         return Plot(0.7, NO_TRAITS)
     names, n_traits = list(found.traits), len(found.counted)
     height = CELL_IN * (len(names) + 1)
-    figure = Plot(height + 2.1, _both_axes(found), conditions(result))
+    counting = f"{conditions(result)}; {_counting(found)}"
+    figure = Plot(height + 2.1, _both_axes(found), counting)
     places = np.full((len(names), n_traits), np.nan)
     for row, name in enumerate(names):
         for column, trait in enumerate(found.counted):
