@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from test_scores import make_result
 from torch.nn.functional import normalize, one_hot
 
+from bunny_lora import report
 from bunny_lora.core.seeding import generator
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import traits as axes
@@ -147,3 +149,16 @@ def test_drift_is_0_for_the_same_images_and_1_for_those_of_another_seed() -> Non
     other = base.view(4, 16, 32).roll(1, dims=1).reshape(64, 32)
     assert axes.drift_ratio(base, other, templates).mean == pytest.approx(1, abs=0.1)
     assert axes.drift_ratio(base, other, list(range(64))) is None
+
+
+def test_table_and_chart_show_both_axes_and_what_counts(right: Traits) -> None:
+    base, drawn = group({name: {} for name in HEROES}, {}), group(HEROES, {"fur": "lilac"})
+    found = world_traits.summarise(right, {"base": base, "final": drawn}, group(HEROES))
+    result = make_result(list(HEROES)).model_copy(update={"traits": found})
+    table = report.traits_table(result)
+    assert "identity                   1.000" in table and "as asked                   1.000" in table
+    assert "enough to count: fur, outfit, mark, eyes" in table
+    figure = report.traits_chart(result)
+    assert any(text.get_text() == "Identity 1.000, as asked 1.000" for text in figure.texts)
+    nothing = report.traits_table(make_result(list(HEROES)))
+    assert "No traits were read" in nothing
