@@ -355,7 +355,7 @@ def test_a_folder_is_removed_even_where_the_disk_is_full(tmp_path, monkeypatch):
         files.write_text(tmp_path / name / "inner" / "a.txt", "a")
     monkeypatch.setattr(os, "mkdir", full)
     files.remove(tmp_path / "one")
-    assert os.listdir(tmp_path) == ["two"]
+    assert names(tmp_path) == ["two"]
     # Killed before it was done, it is removed by the next start.
     monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
     files.remove(tmp_path / "two")
@@ -363,7 +363,7 @@ def test_a_folder_is_removed_even_where_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.undo()
     left.rename(left.with_name(left.name.replace(str(os.getpid()), str(2**22 + 1))))
     files.recover(tmp_path)
-    assert not os.listdir(tmp_path)
+    assert not names(tmp_path)
 
 
 def test_a_folder_that_cannot_be_removed_is_named_and_whole(tmp_path, monkeypatch):
