@@ -25,7 +25,12 @@ SETTINGS = {
     "training": {"mixed_precision": "no"},
     "lora": {"rank": 2, "train_text_encoder": True},
     "sampling": {"num_inference_steps": 2},
-    "evaluation": {"prompts": ["{name}, waving", "a photo of {name}"], "num_images_per_prompt": 2},
+    "evaluation": {
+        "prompts": ["{name}, waving", "a photo of {name}"],
+        "num_images_per_prompt": 2,
+        "num_drift_images": 4,
+        "other_prompts": ["a dog"],
+    },
 }
 
 

@@ -34,9 +34,9 @@ from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import crop_around, open_rgb
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import metrics, protocol, traits, world_traits
+from bunny_lora.evaluation import drift, metrics, protocol, world_traits
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
-from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
+from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
 from bunny_lora.prepare import read_split
 from bunny_lora.training import distributed, handover
@@ -126,7 +126,7 @@ def _score_and_write(
     vectors = extract_files(extractor, [run_dir / "evaluation" / spec.file for spec in plan])
     characters = list(data.crops)
     scores = score_models(plan, vectors, characters, crops, frames)
-    neutral = [rows_of(plan, model, neutral=True) for model in ("base", "final")]
+    drifts = drift.drift_scores(plan, vectors)
     result = EvalResult(
         base_model=identity["base_model"],
         warning=RANDOM if identity["base_model"] in random_models.RANDOM_MODELS else None,
@@ -134,10 +134,9 @@ def _score_and_write(
         settings=settings(config, characters),
         models={model: table(found, characters) for model, found in scores.items()},
         differences=table(scores["final"], characters, scores["base"]),
-        drift=metrics.interval(metrics.drift(*(vectors[rows] for rows in neutral))),
-        drift_ratio=traits.drift_ratio(
-            vectors[neutral[0]], vectors[neutral[1]], [plan[row].prompt_index for row in neutral[0]]
-        ),
+        drift=drifts["templates"].moved,
+        drift_ratio=drifts["templates"].ratio,
+        drifts=drifts,
         traits=world_traits.trait_scores(run_dir, config, plan),
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
@@ -212,10 +211,9 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------- scores
 
 
-def rows_of(plan: list[ImageSpec], model: str, *, neutral: bool) -> list[int]:
-    """Return which images of the plan are one model's, of prompts that name nobody or of the others."""
-    chosen = [(spec.model, spec.character == NEUTRAL) == (model, neutral) for spec in plan]
-    return [row for row, wanted in enumerate(chosen) if wanted]
+def rows_of(plan: list[ImageSpec], model: str) -> list[int]:
+    """Return which images of the plan are one model's, of prompts that name a character."""
+    return [i for i, s in enumerate(plan) if s.model == model and s.character not in NOBODY]
 
 
 def score_models(
@@ -228,7 +226,7 @@ def score_models(
     """Return the scores of every model's images that name a character, in the order of the plan."""
     scores = {}
     for model in dict.fromkeys(spec.model for spec in plan):
-        rows = rows_of(plan, model, neutral=False)
+        rows = rows_of(plan, model)
         labels = torch.tensor([characters.index(plan[row].character) for row in rows])
         scores[model] = metrics.score(vectors[rows], labels, crops, frames)
     return scores
@@ -244,7 +242,7 @@ def image_scores(
     found: list[dict[str, Any]] = [asdict(spec) | {"file": spec.file} for spec in plan]
     for model, of_model in scores.items():
         nearest = metrics.memorisation(of_model.vectors, frames)[1]
-        for position, row in enumerate(rows_of(plan, model, neutral=False)):
+        for position, row in enumerate(rows_of(plan, model)):
             found[row] |= {name: float(values[position]) for name, values in of_model.values.items()}
             found[row] |= {"nearest_frame": frame_files[nearest[position]].name}
     return [ImageScores(**image) for image in found]
@@ -294,11 +292,10 @@ def reference_scores(
 
 def settings(config: Config, characters: list[str]) -> EvalSettings:
     """Return what must be equal for two evaluations to be comparable."""
-    neutral = [spec.prompt for spec in protocol.specs_of(config, "base", NEUTRAL)]
     return EvalSettings(
         **config.evaluation.model_dump(),
         characters=characters,
-        neutral_prompts=list(dict.fromkeys(neutral)),
+        neutral_prompts=protocol.prompts_of(config, NEUTRAL),
         resolution=config.resolution,
         **config.sampling.model_dump(),
     )

@@ -185,35 +185,3 @@ def confusion(
             shares = [mine.count(answer) / len(mine) for answer in answers]
             table[row] = [*shares, 1 - sum(shares)]
     return table
-
-
-def drift_ratio(
-    base: torch.Tensor, final: torch.Tensor, templates: Sequence[int], *, seed: int = 0
-) -> Interval | None:
-    """Return how far training moved images that name nobody, over what another seed moves them.
-
-    0: the same images; 1: as different as two images of the base model from different seeds.
-
-    Args:
-        base: unit vectors [N, D] of the base model's images.
-        final: unit vectors [N, D] of the tuned model's, same prompts and seeds in the same order.
-        templates: [N] which prompt each image is of; None is returned where none has two images.
-    """
-    moved = 1 - (base * final).sum(1)
-    groups: dict[int, list[int]] = {}
-    for row, template in enumerate(templates):
-        groups.setdefault(template, []).append(row)
-    own = [_between(base[rows]) for rows in groups.values() if len(rows) > 1]
-    if not own:
-        return None
-    typical = float(torch.cat(own).mean())
-    if typical <= 0:
-        return None
-    return clustered_interval(moved / typical, templates, seed=seed)
-
-
-def _between(vectors: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cosine of every pair of rows."""
-    cosines = vectors @ vectors.T
-    i, j = torch.triu_indices(len(vectors), len(vectors), offset=1)
-    return 1 - cosines[i, j]
