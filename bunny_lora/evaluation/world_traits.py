@@ -34,29 +34,41 @@ class Group:
 
     def of(self, character: str) -> Group:
         """Return those of one character, or of nobody for `NEUTRAL`."""
-        rows = [row for row, name in enumerate(self.characters) if name == character]
-        read = {question: answers[rows] for question, answers in self.read.items()}
-        return Group([character] * len(rows), [self.prompts[row] for row in rows], read)
+        return self.rows([row for row, name in enumerate(self.characters) if name == character])
+
+    def rows(self, rows: Sequence[int]) -> Group:
+        """Return those at these places."""
+        read = {question: answers[list(rows)] for question, answers in self.read.items()}
+        return Group([self.characters[i] for i in rows], [self.prompts[i] for i in rows], read)
 
     def clusters(self) -> list[tuple[str, str]]:
         """Return what makes images alike beside their seed."""
         return list(zip(self.characters, self.prompts, strict=True))
 
 
-def trait_scores(run_dir: Path, config: Config, plan: Sequence[ImageSpec]) -> TraitScores | None:
-    """Return what the reader sees in a run's images; None where the configuration names no traits.
+def trait_scores(
+    run_dir: Path, config: Config, plan: Sequence[ImageSpec]
+) -> tuple[TraitScores | None, list[dict[str, str]]]:
+    """Return what the reader sees in a run's images, and what it took each of them for.
+
+    None and nothing for each where the configuration names no traits.
 
     Raises:
         BunnyLoraError: a trait or an answer that the reader does not know.
     """
     if not config.evaluation.traits:
-        return None
+        return None, [{} for _ in plan]
     from bunny_lora.world import traits as world
 
     right = Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
-    models = dict.fromkeys(spec.model for spec in plan)
-    groups = {model: _group(run_dir, [s for s in plan if s.model == model]) for model in models}
-    return summarise(right, groups, _ceiling(config, right, groups["base"]))
+    read = _read([open_rgb(run_dir / "evaluation" / spec.file) for spec in plan])
+    drawn = Group([spec.character for spec in plan], [spec.prompt for spec in plan], read)
+    models = [spec.model for spec in plan]
+    groups = {
+        model: drawn.rows([row for row, name in enumerate(models) if name == model])
+        for model in dict.fromkeys(models)
+    }
+    return summarise(right, groups, _ceiling(config, right, groups["base"])), right.answers(read)
 
 
 def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> TraitScores:
@@ -140,11 +152,6 @@ def _confusion(right: Traits, group: Group, names: Sequence[str]) -> list[list[f
 
 
 # ---------------------------------------------------------------------------- images
-
-
-def _group(run_dir: Path, specs: Sequence[ImageSpec]) -> Group:
-    images = [open_rgb(run_dir / "evaluation" / spec.file) for spec in specs]
-    return Group([spec.character for spec in specs], [spec.prompt for spec in specs], _read(images))
 
 
 def _read(images: Sequence[Image.Image]) -> Reading:
