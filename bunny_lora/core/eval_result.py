@@ -169,6 +169,10 @@ class ImageScores(_Rounded):
         description="as in Measures, of this image",
     )
     nearest_frame: str | None = Field(None, description="file name of the nearest training frame")
+    read: dict[str, str] = Field(
+        default_factory=dict,
+        description="what the reader of traits took it for, of what it reads well: `ear: bent`",
+    )
 
 
 class TraitScore(_Rounded):

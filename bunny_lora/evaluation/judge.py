@@ -127,6 +127,7 @@ def _score_and_write(
     characters = list(data.crops)
     scores = score_models(plan, vectors, characters, crops, frames)
     drifts = drift.drift_scores(plan, vectors)
+    read, answers = world_traits.trait_scores(run_dir, config, plan)
     result = EvalResult(
         base_model=identity["base_model"],
         warning=RANDOM if identity["base_model"] in random_models.RANDOM_MODELS else None,
@@ -137,10 +138,10 @@ def _score_and_write(
         drift=drifts["templates"].moved,
         drift_ratio=drifts["templates"].ratio,
         drifts=drifts,
-        traits=world_traits.trait_scores(run_dir, config, plan),
+        traits=read,
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
-        images=image_scores(plan, scores, frames, data.frames),
+        images=image_scores(plan, scores, frames, data.frames, answers),
         training_crops=save_shown_crops(run_dir, data),
     )
     eval_result.write(run_dir, result)
@@ -237,9 +238,13 @@ def image_scores(
     scores: dict[str, metrics.Scores],
     frames: torch.Tensor,
     frame_files: list[Path],
+    answers: list[dict[str, str]],
 ) -> list[ImageScores]:
-    """Return every image of the plan with its own scores."""
-    found: list[dict[str, Any]] = [asdict(spec) | {"file": spec.file} for spec in plan]
+    """Return every image of the plan with its own scores, and with what was read off it."""
+    found: list[dict[str, Any]] = [
+        asdict(spec) | {"file": spec.file, "read": read}
+        for spec, read in zip(plan, answers, strict=True)
+    ]
     for model, of_model in scores.items():
         nearest = metrics.memorisation(of_model.vectors, frames)[1]
         for position, row in enumerate(rows_of(plan, model)):

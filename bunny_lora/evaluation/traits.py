@@ -74,6 +74,14 @@ class Traits:
         right = self.of(character)
         return {trait: self.probabilities(read, trait, answer) for trait, answer in right.items()}
 
+    def answers(self, read: Reading) -> list[dict[str, str]]:
+        """Return for each image the likeliest answer to every question that counts."""
+        likeliest = {question: read[question].argmax(1).tolist() for question in self.counted}
+        return [
+            {question: list(self.questions[question])[row[i]] for question, row in likeliest.items()}
+            for i in range(len(next(iter(read.values()))))
+        ]
+
     def others(self, character: str, trait: str) -> set[str]:
         """Return the answers that are right of other characters and wrong of this one."""
         theirs = {traits[trait] for traits in self.right.values() if trait in traits}

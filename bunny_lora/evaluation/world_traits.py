@@ -34,27 +34,38 @@ class Group:
 
     def of(self, character: str) -> Group:
         """Return those of one character, or of nobody for `NEUTRAL`."""
-        rows = [row for row, name in enumerate(self.characters) if name == character]
-        read = {question: answers[rows] for question, answers in self.read.items()}
-        return Group([character] * len(rows), [self.prompts[row] for row in rows], read)
+        return self.rows([row for row, name in enumerate(self.characters) if name == character])
+
+    def rows(self, rows: Sequence[int]) -> Group:
+        """Return those at these places."""
+        read = {question: answers[list(rows)] for question, answers in self.read.items()}
+        return Group([self.characters[i] for i in rows], [self.prompts[i] for i in rows], read)
 
     def clusters(self) -> list[tuple[str, str]]:
         """Return what makes images alike beside their seed."""
         return list(zip(self.characters, self.prompts, strict=True))
 
 
-def trait_scores(run_dir: Path, config: Config, plan: Sequence[ImageSpec]) -> TraitScores | None:
-    """Return what the reader sees in a run's images; None where the configuration names no traits.
+def trait_scores(
+    run_dir: Path, config: Config, plan: Sequence[ImageSpec]
+) -> tuple[TraitScores | None, list[dict[str, str]]]:
+    """Return what the reader sees in a run's images, and what it took each of them for.
+
+    None and nothing for each where the configuration names no traits.
 
     Raises:
         BunnyLoraError: a trait or an answer that the reader does not know.
     """
     if not config.evaluation.traits:
-        return None
+        return None, [{} for _ in plan]
     right = _right(config)
-    models = dict.fromkeys(spec.model for spec in plan)
-    groups = {model: _group(run_dir, [s for s in plan if s.model == model]) for model in models}
-    return summarise(right, groups, _ceiling(config, right, groups["base"]))
+    drawn = _group(run_dir, plan)
+    models = [spec.model for spec in plan]
+    groups = {
+        model: drawn.rows([row for row, name in enumerate(models) if name == model])
+        for model in dict.fromkeys(models)
+    }
+    return summarise(right, groups, _ceiling(config, right, groups["base"])), right.answers(drawn.read)
 
 
 def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> TraitScores:
