@@ -86,6 +86,9 @@ class Config(Section):
     evaluation compares with the right faces. null: nothing."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
+    held_out: float = Field(0.0, ge=0, le=0.5)
+    """How much of each character, in whole shots, training does not see, so that `choose` can tell
+    learning from learning by heart. 0: nothing."""
     num_workers: int = Field(0, ge=0, le=256)
     """Processes that read pictures, as in torch's DataLoader."""
     pin_memory: bool = False

@@ -32,13 +32,13 @@ from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import crop_around, open_rgb
-from bunny_lora.dataset import Sample, read_samples
+from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import metrics, protocol, traits, world_traits
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
-from bunny_lora.prepare import reading
+from bunny_lora.prepare import read_split
 from bunny_lora.training import distributed, handover
 
 RANDOM = "random weights, so the pictures and numbers mean nothing"
@@ -63,7 +63,7 @@ class Reference:
         Raises:
             BunnyLoraError: no data, or nobody is named in them.
         """
-        samples = read_samples(data_dir, **reading(config))
+        samples, _ = read_split(config, data_dir)
         counts = Counter(name for sample in samples for name in sample.characters)
         named = sorted(counts, key=lambda name: (-counts[name], name))
         shows = {name: images_of(samples, name) for name in named}

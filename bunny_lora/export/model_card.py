@@ -20,12 +20,12 @@ from bunny_lora.core import eval_result
 from bunny_lora.core.eval_result import MEASURES, EvalResult
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
-from bunny_lora.dataset import Sample, read_samples
+from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.names import title_of
 from bunny_lora.model import adapters, components, kinds
 from bunny_lora.model.formats import LoRA
-from bunny_lora.prepare import reading
+from bunny_lora.prepare import read_split
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
 
@@ -170,7 +170,7 @@ def _step(weights_dir: Path) -> int | None:
 
 def _samples(config: Config | None) -> list[Sample]:
     try:
-        return read_samples(config.data_path, **reading(config)) if config else []
+        return read_split(config)[0] if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 
