@@ -204,4 +204,5 @@ class EvaluationSection(Section):
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
     features: str = "palette"
-    """What measures similarity: palette (colours), bunny-world, or a CLIP model, folder or hub name."""
+    """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
+    CLIP, SigLIP), folder or hub name."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from bunny_lora.core.image_file import read_metadata, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.captions import find_name
-from bunny_lora.data.images import crop_around, open_rgb
+from bunny_lora.data.images import open_rgb
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import drift, metrics, protocol, world_traits
+from bunny_lora.evaluation import cutouts, drift, metrics, protocol, world_traits
+from bunny_lora.evaluation.cutouts import CROP_SIZE_PX
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
@@ -42,10 +43,7 @@ from bunny_lora.prepare import read_split
 from bunny_lora.training import distributed, handover
 
 RANDOM = "random weights, so the pictures and numbers mean nothing"
-FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
-MAX_CROPS = 200  # of one character; more are thinned out evenly
 N_SHOWN_CROPS = 4
-CROP_SIZE_PX = 256  # what feature extractors take in is no finer
 CHUNK = 64  # images in memory at a time
 
 
@@ -66,11 +64,9 @@ class Reference:
         samples, _ = read_split(config, data_dir)
         counts = Counter(name for sample in samples for name in sample.characters)
         named = sorted(counts, key=lambda name: (-counts[name], name))
-        shows = {name: images_of(samples, name) for name in named}
-        crops = {
-            name: [crop_of(sample) for sample in evenly_spaced(shown)]
-            for name, shown in (shows or {SUBJECT: subject_of(samples, config)}).items()
-        }
+        shown = samples if named else subject_of(samples, config)
+        found = cutouts.references(shown, named or [SUBJECT], cutouts.tied_faces(shown, config))
+        crops = {name: [cutout.open() for cutout in cut] for name, cut in found.items()}
         return cls(crops, [sample.path for sample in samples])
 
 
@@ -153,17 +149,6 @@ def _score_and_write(
 # ---------------------------------------------------------------------------- training data
 
 
-def images_of(samples: list[Sample], name: str) -> list[Sample]:
-    """Return the images that show this character most surely.
-
-    That is alone, with no second face that might be a passer-by's; where there are none of these, named
-    alone; where there are none either, named among others.
-    """
-    named = [sample for sample in samples if name in sample.characters]
-    alone = [sample for sample in named if len(sample.characters) == 1]
-    return [sample for sample in alone if len(sample.faces) < 2] or alone or named
-
-
 def subject_of(samples: list[Sample], config: Config) -> list[Sample]:
     """Return the images of the one that `instance_prompt` names, where captions name no one else.
 
@@ -178,21 +163,7 @@ def subject_of(samples: list[Sample], config: Config) -> list[Sample]:
             " trigger words that its captions have, with character_names: [ellie, rex] (--set"
             " 'character_names=[ellie, rex]'). Nothing has to be trained again for that."
         )
-    return shown
-
-
-def evenly_spaced(samples: list[Sample]) -> list[Sample]:
-    """Return at most `MAX_CROPS` samples, evenly spaced."""
-    return samples[:: -(-len(samples) // MAX_CROPS)] if samples else []
-
-
-def crop_of(sample: Sample) -> Image.Image:
-    """Return the square around the largest face, or the middle of a frame without one."""
-    frame = open_rgb(sample.path)
-    if sample.faces:
-        face = max(sample.faces, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
-        frame = crop_around(frame, face, FACE_TO_CROP)
-    return ImageOps.fit(frame, (CROP_SIZE_PX, CROP_SIZE_PX))
+    return [replace(sample, characters=(SUBJECT,)) for sample in shown]
 
 
 def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
