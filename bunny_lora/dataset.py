@@ -21,7 +21,7 @@ from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
-from bunny_lora.data.images import Finder, crop_around, open_rgb
+from bunny_lora.data.images import FACE_TO_BODY, Finder, crop_around, open_rgb
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
     caption_tokens,
@@ -32,8 +32,6 @@ from bunny_lora.data.summary import (
 )
 from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
-
-FACE_TO_ZOOM = 4.0  # the side of a picture from near over its face: a head, and most of a cartoon body
 
 __all__ = [
     "ImageDataset",
@@ -137,7 +135,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def zoomed(self, index: int, face: int = 0) -> torch.Tensor:
         """Return the square around a face of a picture, [3, resolution, resolution]."""
-        near = self.face(index, face, FACE_TO_ZOOM)
+        near = self.face(index, face, FACE_TO_BODY)
         return self._pixels(near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
     def caption(self, index: int) -> str:

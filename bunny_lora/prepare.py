@@ -11,7 +11,7 @@ from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths, ranks
 from bunny_lora.core.files import is_inside
-from bunny_lora.data import frames, writing
+from bunny_lora.data import frames, shots, writing
 from bunny_lora.data.folder import CAPTION_NOT_READ, READ
 from bunny_lora.data.summary import describe, remarks
 from bunny_lora.errors import BunnyLoraError
@@ -52,6 +52,22 @@ def reading(config: Config) -> dict[str, Any]:
         "character_names": config.character_names,
         "allow_outside_paths": config.allow_outside_paths,
     }
+
+
+def read_split(
+    config: Config, data_dir: Path | None = None
+) -> tuple[list[dataset.Sample], list[dataset.Sample]]:
+    """Return the pictures that training sees, and those that `config.held_out` keeps from it.
+
+    Args:
+        config: how data are read, and how much is held out.
+        data_dir: None is the configuration's.
+
+    Raises:
+        BunnyLoraError: as `dataset.read_samples`.
+    """
+    samples = dataset.read_samples(data_dir or config.data_path, **reading(config))
+    return shots.split(samples, config.held_out)
 
 
 def check_as_it_is(config: Config) -> list[str]:
