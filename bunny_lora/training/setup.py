@@ -18,7 +18,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, prompts, targets
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import attention, choice
+from bunny_lora.model.fast import allocator, attention, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import read_split
@@ -118,6 +118,8 @@ def load_parts(config: Config) -> Components:
     """
     device = devices.resolve_device(config.device)
     dtype = devices.resolve_dtype(config.training.mixed_precision, device)
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
     parts = components.load_components(config.base_model, device, dtype)
     memory.check_images(parts, config.resolution)
     for part in _trained_parts(config):
