@@ -83,6 +83,8 @@ class Config(Section):
     face_encoder: str | None = None
     """What ties faces to names: bunny-world, or a CLIP model, folder or hub name. zoom_on_faces then
     shows all who are named in a picture, and captions name only whose face is seen. null: nothing."""
+    mask_neighbours: bool = False
+    """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
     num_workers: int = Field(0, ge=0, le=256)
