@@ -190,6 +190,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, source=options.source)
     print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(report.weak_spots_text(config))
 
 
 def _train(options: argparse.Namespace) -> None:
