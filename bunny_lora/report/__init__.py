@@ -3,6 +3,7 @@
 Everything that notebooks and the command line call is a name of this package.
 """
 
+from bunny_lora.report.axes import axes_table
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
@@ -16,6 +17,7 @@ from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
 from bunny_lora.report.trait_scores import traits_chart, traits_table
 
 __all__ = [
+    "axes_table",
     "before_after_grid",
     "characters_chart",
     "checkpoint_grid",
