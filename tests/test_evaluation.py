@@ -29,6 +29,8 @@ SETTINGS = {
         "prompts": ["{name}, waving", "a photo of {name}"],
         "num_images_per_prompt": 2,
         "ceiling_shots": 0,
+        "num_drift_images": 4,
+        "other_prompts": ["a dog"],
     },
 }
 

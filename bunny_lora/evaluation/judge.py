@@ -37,16 +37,16 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import (
     anchors,
     cutouts,
+    drift,
     following,
     metrics,
     protocol,
-    traits,
     world_traits,
 )
 from bunny_lora.evaluation.cutouts import CROP_SIZE_PX
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.following import PromptReader
-from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
+from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
 from bunny_lora.prepare import read_split
 from bunny_lora.training import distributed, handover
@@ -141,7 +141,8 @@ def _score_and_write(
         run_dir, config, named, data.crops, crops, extractor, identity["base_model"]
     )
     asked, matches = following.following(run_dir, config, named, reader)
-    neutral = [rows_of(plan, model, neutral=True) for model in ("base", "final")]
+    drifts = drift.drift_scores(plan, vectors)
+    read, answers = world_traits.trait_scores(run_dir, config, plan)
     result = EvalResult(
         base_model=identity["base_model"],
         warning=RANDOM if identity["base_model"] in random_models.RANDOM_MODELS else None,
@@ -149,11 +150,10 @@ def _score_and_write(
         settings=settings(config, characters),
         models={model: table(found, characters) for model, found in scores.items()},
         differences=table(scores["final"], characters, scores["base"]),
-        drift=metrics.interval(metrics.drift(*(vectors[rows] for rows in neutral))),
-        drift_ratio=traits.drift_ratio(
-            vectors[neutral[0]], vectors[neutral[1]], [plan[row].prompt_index for row in neutral[0]]
-        ),
-        traits=world_traits.trait_scores(run_dir, config, plan),
+        drift=drifts["templates"].moved,
+        drift_ratio=drifts["templates"].ratio,
+        drifts=drifts,
+        traits=read,
         identity=placed,
         following=asked,
         colour=following.colour(run_dir, named, data.crops),
@@ -163,7 +163,7 @@ def _score_and_write(
             image.model_copy(
                 update={"identity": places.get(image.file), "following": matches.get(image.file)}
             )
-            for image in image_scores(plan, scores, frames, data.frames)
+            for image in image_scores(plan, scores, frames, data.frames, answers)
         ],
         training_crops=save_shown_crops(run_dir, data),
     )
@@ -210,10 +210,9 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------- scores
 
 
-def rows_of(plan: list[ImageSpec], model: str, *, neutral: bool) -> list[int]:
-    """Return which images of the plan are one model's, of prompts that name nobody or of the others."""
-    chosen = [(spec.model, spec.character == NEUTRAL) == (model, neutral) for spec in plan]
-    return [row for row, wanted in enumerate(chosen) if wanted]
+def rows_of(plan: list[ImageSpec], model: str) -> list[int]:
+    """Return which images of the plan are one model's, of prompts that name a character."""
+    return [i for i, s in enumerate(plan) if s.model == model and s.character not in NOBODY]
 
 
 def score_models(
@@ -226,7 +225,7 @@ def score_models(
     """Return the scores of every model's images that name a character, in the order of the plan."""
     scores = {}
     for model in dict.fromkeys(spec.model for spec in plan):
-        rows = rows_of(plan, model, neutral=False)
+        rows = rows_of(plan, model)
         labels = torch.tensor([characters.index(plan[row].character) for row in rows])
         scores[model] = metrics.score(vectors[rows], labels, crops, frames)
     return scores
@@ -237,12 +236,16 @@ def image_scores(
     scores: dict[str, metrics.Scores],
     frames: torch.Tensor,
     frame_files: list[Path],
+    answers: list[dict[str, str]],
 ) -> list[ImageScores]:
-    """Return every image of the plan with its own scores."""
-    found: list[dict[str, Any]] = [asdict(spec) | {"file": spec.file} for spec in plan]
+    """Return every image of the plan with its own scores, and with what was read off it."""
+    found: list[dict[str, Any]] = [
+        asdict(spec) | {"file": spec.file, "read": read}
+        for spec, read in zip(plan, answers, strict=True)
+    ]
     for model, of_model in scores.items():
         nearest = metrics.memorisation(of_model.vectors, frames)[1]
-        for position, row in enumerate(rows_of(plan, model, neutral=False)):
+        for position, row in enumerate(rows_of(plan, model)):
             found[row] |= {name: float(values[position]) for name, values in of_model.values.items()}
             found[row] |= {"nearest_frame": frame_files[nearest[position]].name}
     return [ImageScores(**image) for image in found]
@@ -292,11 +295,10 @@ def reference_scores(
 
 def settings(config: Config, characters: list[str]) -> EvalSettings:
     """Return what must be equal for two evaluations to be comparable."""
-    neutral = [spec.prompt for spec in protocol.specs_of(config, "base", NEUTRAL)]
     return EvalSettings(
         **config.evaluation.model_dump(),
         characters=characters,
-        neutral_prompts=list(dict.fromkeys(neutral)),
+        neutral_prompts=protocol.prompts_of(config, NEUTRAL),
         resolution=config.resolution,
         **config.sampling.model_dump(),
     )
