@@ -51,7 +51,7 @@ class PromptReader:
         Raises:
             BunnyLoraError: there is no such model, or it reads no text.
         """
-        folder = encoder_folder(name, KEY)
+        folder = encoder_folder(name, KEY, others=("null",))
         model = load_encoder(folder, name, KEY, device)
         if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
             raise BunnyLoraError(
