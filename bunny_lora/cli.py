@@ -213,7 +213,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
     result = evaluate(config.run_dir, config=config)
-    print(report.scores_table(result))
+    print(f"{report.axes_table(result)}\n\n{report.scores_table(result)}")
     if result.traits:
         print(f"\n{report.traits_table(result)}")
 
@@ -245,7 +245,7 @@ def _download(options: argparse.Namespace) -> None:
 def models_of(config: Config) -> list[str]:
     """Return every model that a configuration names: of the base, and what looks at pictures."""
     evaluation = config.evaluation
-    encoders = (config.face_encoder, evaluation.features)
+    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
     named = [name for name in encoders if name and name != "palette"]
     return list(dict.fromkeys([config.base_model, *named]))
 

@@ -28,6 +28,7 @@ SETTINGS = {
     "evaluation": {
         "prompts": ["{name}, waving", "a photo of {name}"],
         "num_images_per_prompt": 2,
+        "ceiling_shots": 0,
         "num_drift_images": 4,
         "other_prompts": ["a dog"],
     },
@@ -198,7 +199,12 @@ def test_frames_that_show_one_character_alone_are_preferred():
 def test_data_without_names_has_one_subject(root, tmp_path):
     write_data(tmp_path, {"nobody": "#cc3333"})
     shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
-    changes = {"instance_prompt": "a caption", "evaluation": {"num_images_per_prompt": 1}}
+    changes = {"instance_prompt": "a caption"}
+    changes["evaluation"] = {
+        "num_images_per_prompt": 1,
+        "ceiling_shots": 1,
+        "prompt_features": "bunny-world",
+    }
     config = load_config(root / "outputs" / "run" / "config.yaml", changes)
     result = evaluation.evaluate(
         tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
@@ -206,6 +212,10 @@ def test_data_without_names_has_one_subject(root, tmp_path):
     assert result.settings.characters == [protocol.SUBJECT]
     assert result.reference.chance_level == 1
     assert "a caption, waving" in {picture.prompt for picture in result.images}
+    assert result.identity.anchors[protocol.SUBJECT].ceiling.n == 1
+    assert set(result.following.models) == set(result.colour.models) == {"base", "final"}
+    of_subject = [picture for picture in result.images if picture.character == protocol.SUBJECT]
+    assert all(picture.following is not None for picture in of_subject)
 
 
 @pytest.mark.parametrize("prompt", ["my toon", "cartoon bunny", ""])
