@@ -8,6 +8,8 @@ from PIL import Image
 from test_ldm import SMALL
 
 
+# diffusers' sampler asks for an array in a way that numpy has given up.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_what_a_program_draws_is_compared_with_what_we_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
