@@ -83,7 +83,7 @@ class Config(Section):
     face_encoder: str | None = None
     """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
     zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
-    evaluation compares with the right faces. null: nothing."""
+    evaluation compares with the right faces. null: nothing; evaluation then goes by its features."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
     held_out: float = Field(0.0, ge=0, le=0.5)
