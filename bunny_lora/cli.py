@@ -150,6 +150,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="pixels; default: the run's, or the model's own")
     parser.add_argument("--height", type=int)
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--sampler", help="as in sampling.sampler; default: the run's, or the model's own")
+    way.add_argument(
+        "--reference",
+        action="store_true",
+        help="to the bit what diffusers and peft alone draw, which is slower",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     parser.set_defaults(run=_generate)
 
@@ -190,6 +197,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, source=options.source)
     print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(report.weak_spots_text(config))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -261,9 +269,11 @@ def _generate(options: argparse.Namespace) -> None:
         "width": options.width,
         "height": options.height,
         "lora_scale": options.lora_scale,
+        "sampler": options.sampler,
+        "reference": options.reference or None,
     }
     settings = {key: value for key, value in typed_settings.items() if value is not None}
-    print(_recommendation(pipe, settings), end="")
+    print(_recommendation(pipe, settings, inference.settings_with(pipe, **settings)), end="")
     for doubt in doubts([*prompts, options.negative_prompt or ""], pipe.tokenizer):
         print(doubt)
     if options.prompts:
@@ -280,7 +290,9 @@ def _generate(options: argparse.Namespace) -> None:
     print("\n".join(relative(path) for path in paths))
 
 
-def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any]) -> str:
+def _recommendation(
+    pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any], drawn_with: Mapping[str, Any]
+) -> str:
     """Return the line that says what a run's own recommendation decides; "" where nothing does."""
     said = {
         "num_inference_steps": "{} steps",
@@ -289,11 +301,11 @@ def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, 
         "height": "{} px high",
         "sampler": "{}",
     }
-    recommended = pipe.recommended.model_dump() if pipe.recommended else {}
+    recommended = pipe.recommended.settings() if pipe.recommended else {}
     parts = [
         text.format(recommended[key])
         for key, text in said.items()
-        if key in recommended and key not in typed_settings
+        if key not in typed_settings and recommended.get(key) == drawn_with[key]
     ]
     return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
 

@@ -84,6 +84,8 @@ class Config(Section):
     """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
     zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
     evaluation compares with the right faces. null: nothing; evaluation then goes by its features."""
+    mask_neighbours: bool = False
+    """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
     held_out: float = Field(0.0, ge=0, le=0.5)

@@ -140,7 +140,9 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
     assert drawn["base"] == drawn["final"]
     prompts = {prompt for prompt, _ in drawn["base"]}
     assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
-    assert len({seed for _, seed in drawn["base"]}) == 6  # of two prompts, two of one and four of the other
+    assert (
+        len({seed for _, seed in drawn["base"]}) == 6
+    )  # of two prompts, two of one and four of the other
 
 
 def test_base_is_the_lora_at_scale_zero(evaluated):

@@ -138,6 +138,7 @@ class EvalSettings(_Part):
     resolution: int = Field(ge=1, description="width and height of the images in pixels")
     num_inference_steps: int = Field(ge=1, description="denoising steps of an image, from 1")
     guidance_scale: float = Field(ge=0, description="strength of classifier-free guidance, from 0")
+    sampler: str = Field("own", description="what denoised: `sampling.sampler`; own of older files")
 
 
 class RunInfo(_Part):

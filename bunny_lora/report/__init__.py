@@ -9,6 +9,7 @@ from bunny_lora.report.data_figures import (
     contact_sheet,
     dropped_table,
     dropped_text,
+    weak_spots_text,
 )
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
 from bunny_lora.report.plot import save_figure
@@ -37,4 +38,5 @@ __all__ = [
     "trait_sheet",
     "traits_chart",
     "traits_table",
+    "weak_spots_text",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,7 +20,7 @@ from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components
+from bunny_lora.model import adapters, components, samplers
 from bunny_lora.prepare import read_split
 from bunny_lora.training import checkpoint
 
@@ -48,7 +48,10 @@ class TokenBudget(_Part):
 
 
 class Recommended(_Part):
-    """How to draw: as training and evaluation did. `sampler` is the name of diffusers' class."""
+    """How to draw: as training and evaluation did. `sampler` is the name of diffusers' class.
+
+    `sampler_options` are what it takes beside the configuration of the model's own.
+    """
 
     lora_scale: float
     num_inference_steps: int
@@ -56,6 +59,12 @@ class Recommended(_Part):
     width: int
     height: int
     sampler: str
+    sampler_options: dict[str, Any] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what of an image's settings it says, the sampler as images record it."""
+        sampler = samplers.called(self.sampler, self.sampler_options)
+        return self.model_dump(exclude={"sampler_options"}) | {"sampler": sampler}
 
 
 class Handover(_Part):
@@ -112,13 +121,16 @@ def write_handover(run_dir: Path, config: Config, scores: MeanScores | None = No
 
 def recommended_by(config: Config) -> Recommended:
     """Return how to draw with a run: as its samples and its evaluation are drawn."""
+    name = components.sampler_name(config.base_model, config.sampling.sampler)
+    sampler, options = samplers.described(name)
     return Recommended(
         lora_scale=1.0,
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
         width=config.resolution,
         height=config.resolution,
-        sampler=components.sampler_name(config.base_model),
+        sampler=sampler,
+        sampler_options=options,
     )
 
 

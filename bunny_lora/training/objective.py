@@ -84,7 +84,7 @@ class Learner:
         device = self.components.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(training.seed, "dropout", position))
-            losses = self._losses(_join(batches), preserved)
+            losses = self._losses(Batch.joined(batches), preserved)
         prior_weight = self.config.prior_preservation.prior_loss_weight
         instance, *prior = losses.split(training.batch_size)
         return instance.mean() + sum(prior_weight * part.mean() for part in prior)
@@ -125,7 +125,8 @@ class Learner:
             target = target.index_copy(0, rows, base)
             weights[preserved] = self.config.preservation.weight
         prediction = self.components.unet(noisy_latents, timesteps, self.encode(batch.captions)).sample
-        losses = weights * diffusion.loss_per_sample(prediction, target)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        losses = weights * diffusion.loss_per_sample(prediction, target, mask)
         if (gamma := self.config.training.snr_gamma) is not None:
             losses = losses * diffusion.snr_weights(timesteps, alphas_cumprod, gamma, kind)
         return losses
@@ -152,12 +153,3 @@ def _preserved_caption(
     if chance < EMPTY + CLASS or not names:
         return class_prompt
     return without_names(caption, names)
-
-
-def _join(batches: list[Batch]) -> Batch:
-    return Batch(
-        torch.cat([batch.latents for batch in batches]),
-        torch.cat([batch.noise for batch in batches]),
-        torch.cat([batch.timesteps for batch in batches]),
-        [caption for batch in batches for caption in batch.captions],
-    )
