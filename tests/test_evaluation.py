@@ -140,9 +140,7 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
     assert drawn["base"] == drawn["final"]
     prompts = {prompt for prompt, _ in drawn["base"]}
     assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
-    assert (
-        len({seed for _, seed in drawn["base"]}) == 6
-    )  # of two prompts, two of one and four of the other
+    assert len({seed for _, seed in drawn["base"]}) == 6  # two of a name's two prompts, four of others
 
 
 def test_base_is_the_lora_at_scale_zero(evaluated):
@@ -253,11 +251,13 @@ def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
     assert result.reference.n_frames == 3
     assert set(result.models["final"].characters) == {protocol.SUBJECT}
     prompts = [picture.prompt for picture in result.images if picture.model == "final"]
-    assert prompts == [
+    assert list(dict.fromkeys(prompts)) == [
         "my toon, waving",
         "a photo of my toon",
         "waving",
         "a photo of cartoon character",
+        "a dog",
+        "",
     ]
     assert len(list(tmp_path.glob("run/evaluation/images/training/subject-*.png"))) == 3
 
