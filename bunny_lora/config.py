@@ -83,7 +83,7 @@ class Config(Section):
     face_encoder: str | None = None
     """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
     zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
-    evaluation compares with the right faces. null: nothing."""
+    evaluation compares with the right faces. null: nothing; evaluation then goes by its features."""
     mask_neighbours: bool = False
     """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False

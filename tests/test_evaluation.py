@@ -140,7 +140,7 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
     assert drawn["base"] == drawn["final"]
     prompts = {prompt for prompt, _ in drawn["base"]}
     assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
-    assert len({seed for _, seed in drawn["base"]}) == 4  # one for each prompt and image
+    assert len({seed for _, seed in drawn["base"]}) == 6  # two of a name's two prompts, four of others
 
 
 def test_base_is_the_lora_at_scale_zero(evaluated):
@@ -168,7 +168,7 @@ def test_other_weights_make_their_own_pictures_stale_and_no_others(copy_of_run):
     (copy_of_run / "checkpoint-15" / "unet").mkdir(parents=True)  # no adapter in it: passed over
     evaluation.evaluate(copy_of_run)
     assert {name.split("/")[0] for name in changed(copy_of_run, before)} == {"final"}
-    assert len(changed(copy_of_run, before)) == 12
+    assert len(changed(copy_of_run, before)) == 20
 
 
 def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
@@ -251,11 +251,13 @@ def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
     assert result.reference.n_frames == 3
     assert set(result.models["final"].characters) == {protocol.SUBJECT}
     prompts = [picture.prompt for picture in result.images if picture.model == "final"]
-    assert prompts == [
+    assert list(dict.fromkeys(prompts)) == [
         "my toon, waving",
         "a photo of my toon",
         "waving",
         "a photo of cartoon character",
+        "a dog",
+        "",
     ]
     assert len(list(tmp_path.glob("run/evaluation/images/training/subject-*.png"))) == 3
 

@@ -139,6 +139,14 @@ def test_both_axes_are_told_together_and_what_is_lost_as_loudly_as_what_is_gaine
     assert uncertain.startswith("Identity is gained, what was asked for is not clearly changed")
 
 
+def test_a_run_is_a_point_on_both_axes():
+    plain = make_result(["rex"])
+    assert any("Two axes need" in text for text in texts(report.axes_chart(plain)))
+    figure = report.axes_chart(with_axes(plain, 0.8, -0.3))
+    assert_readable(figure)
+    assert {"base model", "LoRA"} <= set(texts(figure))
+
+
 def test_what_rests_on_the_palette_alone_says_that_it_sees_colours_only():
     result = make_result(["rex"])
     assert "palette, sees colours only" in report.scores_table(result)

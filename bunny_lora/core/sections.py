@@ -206,6 +206,9 @@ class EvaluationSection(Section):
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
+    checklist: dict[str, list[str]] = Field(default_factory=dict)
+    """What a person is to look for, `ellie: [a bent left ear, a yellow bow]`: evaluation/checklist.md
+    is a sheet of all pictures to tick it on."""
     features: str = "palette"
     """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
     CLIP, SigLIP), folder or hub name."""

@@ -36,6 +36,7 @@ from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import (
     anchors,
+    checklist,
     cutouts,
     drift,
     following,
@@ -168,6 +169,7 @@ def _score_and_write(
         training_crops=save_shown_crops(run_dir, data),
     )
     eval_result.write(run_dir, result)
+    checklist.write_checklist(run_dir, config.evaluation.checklist, result.images)
     if (run_dir / "config.yaml").is_file():
         handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), result.means())
     return result

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from bunny_lora.core.eval_result import EvalResult, IdentityScores, Interval
-from bunny_lora.report.plot import cut, wrap
+from bunny_lora.report.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL_PT,
+    ORANGE,
+    SMALL_PT,
+    Plot,
+    clean,
+    cut,
+    wrap,
+)
 from bunny_lora.report.scores import TABLE_WIDTH, conditions, number
 
 NO_AXES = "This evaluation is of an older version, which told neither identity nor what was asked for."
@@ -32,6 +46,41 @@ def axes_table(result: EvalResult) -> str:
     asked = following.features if following else "evaluation.prompt_features names nothing"
     lines += ["", wrap(f"as asked: {asked}; colour: palette, sees colours only", TABLE_WIDTH, 3)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def axes_chart(result: EvalResult) -> Figure:
+    """Show base model, checkpoints and LoRA as points: identity to the right, as asked upwards."""
+    identity, following = result.identity, result.following
+    if not (identity and identity.change and following):
+        return Plot(0.7, "Two axes need evaluation.ceiling_shots and evaluation.prompt_features")
+    figure = Plot(4.4, verdict(result), conditions(result))
+    axes = figure.panel(1.1, 0.9, 5.2, 2.9)
+    clean(axes, grid="x")
+    axes.set_xlabel(f"identity by {identity.features} (0: floor, 1: ceiling)", fontsize=LABEL_PT)
+    axes.set_ylabel(f"as asked, by {cut(following.features, 24)}", fontsize=LABEL_PT)
+    for line in (0, 1):
+        axes.axvline(line, color=GREEN, linewidth=1, linestyle=":")
+    colours = {"base": GREY, "final": BLUE}
+    for model in following.models:
+        if "all" not in identity.models.get(model, {}):
+            continue
+        right, up = identity.models[model]["all"], following.models[model]
+        colour = colours.get(model, ORANGE)
+        _cross(axes, right, up, colour)
+        name = {"base": "base model", "final": "LoRA"}.get(model, model.replace("checkpoint-", "step "))
+        axes.annotate(
+            name, (right.mean, up.mean), (5, 5), textcoords="offset points", color=colour, size=SMALL_PT
+        )
+    return figure
+
+
+def _cross(axes: Axes, right: Interval, up: Interval, colour: str) -> None:
+    """Draw a point with both its intervals, where it has them."""
+    axes.plot(right.mean, up.mean, "o", color=colour, markersize=6)
+    if right.low is not None and right.high is not None:
+        axes.plot([right.low, right.high], [up.mean] * 2, color=colour, linewidth=1.5)
+    if up.low is not None and up.high is not None:
+        axes.plot([right.mean] * 2, [up.low, up.high], color=colour, linewidth=1.5)
 
 
 def verdict(result: EvalResult) -> str:
