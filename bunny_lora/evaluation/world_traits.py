@@ -114,10 +114,11 @@ class Judge:
         right, group = _right(config), _group(run_dir, base)
         return cls(run_dir, right, group, _ceiling(config, right, group))
 
-    def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return identity and what was asked for of images of characters, [N] each, in their order.
 
-        NaN where the reader has nothing to tell: no traits, or a prompt that asks for nothing.
+        NaN where the reader has nothing to tell: no traits, or a prompt that asks for nothing; None
+        where no prompt does.
         """
         group = _group(self.run_dir, specs)
         identity = torch.full((len(specs),), float("nan"))
@@ -125,7 +126,8 @@ class Judge:
             if self.right.of(name):
                 rows = torch.tensor([character == name for character in group.characters])
                 identity[rows] = self._placed(group.of(name), name)
-        return identity, axes.as_asked(group.read, group.prompts, self.right.asked())
+        asked = axes.as_asked(group.read, group.prompts, self.right.asked())
+        return identity, asked if asked.isfinite().any() else None
 
     def _placed(self, part: Group, name: str) -> torch.Tensor:
         return _placed(self.right, part, name, self.base, self.ceiling)

@@ -4,6 +4,7 @@ Everything that notebooks and the command line call is a name of this package.
 """
 
 from bunny_lora.report.axes import axes_chart, axes_table
+from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, read_choice
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
@@ -24,10 +25,14 @@ __all__ = [
     "before_after_grid",
     "characters_chart",
     "checkpoint_grid",
+    "choice_chart",
+    "choice_grid",
+    "choice_table",
     "contact_sheet",
     "dropped_table",
     "dropped_text",
     "loss_curve",
+    "read_choice",
     "read_log",
     "read_result",
     "run_summary",
