@@ -86,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = _with_config(commands.add_parser("plan", help="what a run will take, by a little of it"))
+    plan.add_argument("--hours", type=float, help="those that there are: more is no-go")
+    plan.set_defaults(run=_plan)
+
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
@@ -214,6 +218,16 @@ def _train(options: argparse.Namespace) -> None:
 
     named = {name: getattr(options, name) for name in ("max_steps", "output_dir", "resume")}
     LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from bunny_lora.trainer import LoRATrainer
+
+    plan = LoRATrainer(config=open_config(options.config, settings=options.set)).plan()
+    print(plan)
+    if refusals := plan.refusals(options.hours):
+        raise BunnyLoraError(f"no-go: the run would take {'; '.join(refusals)}.")
+    print(f"{'go':<15}bunny-lora train, with the same options")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -267,6 +267,20 @@ def encode_dataset(
     )
 
 
+def n_to_encode(
+    vae: AutoencoderKL,
+    images: ImageDataset,
+    cache_dir: Path,
+    *,
+    random_flip: bool = False,
+    zoom_on_faces: bool = False,
+) -> int:
+    """Return how many pictures `encode_dataset` would encode; none where it has done so before."""
+    views = _views(images, random_flip=random_flip, zoom_on_faces=zoom_on_faces)
+    done = (cache_dir / f"{_key(vae, images, views)}.safetensors").is_file()
+    return 0 if done else len(views)
+
+
 def _views(images: ImageDataset, *, random_flip: bool, zoom_on_faces: bool) -> list[View]:
     mirrorings = (False, True) if random_flip else (False,)
     views = []
