@@ -32,15 +32,17 @@ def axes_table(result: EvalResult) -> str:
     lines += [f"{'':<12}{'base':>8}{'LoRA':>8}{'change':>9}{'95 % interval':>20}   to read it against"]
     lines += ["-" * TABLE_WIDTH]
     if identity and identity.change:
-        means = (identity.models[name]["all"] for name in ("base", "final"))
-        lines.append(_row("identity", *means, identity.change, "0: floor, 1: ceiling"))
+        base, final = (identity.models[name]["all"] for name in ("base", "final"))
+        lines.append(_row("identity", base, final, identity.change, "0: floor, 1: ceiling"))
     if following:
-        means = (following.models[name] for name in ("base", "final"))
+        base, final = (following.models[name] for name in ("base", "final"))
         against = f"other prompts: {number(following.reference)}"
-        lines.append(_row("as asked", *means, following.change, against))
+        lines.append(_row("as asked", base, final, following.change, against))
     if colour:
-        means = (colour.models[name] for name in ("base", "final"))
-        lines.append(_row("colour", *means, colour.change, f"the film: {number(colour.reference)}"))
+        base, final = (colour.models[name] for name in ("base", "final"))
+        lines.append(
+            _row("colour", base, final, colour.change, f"the film: {number(colour.reference)}")
+        )
     if identity:
         lines += ["", *_anchor_lines(identity)]
     asked = following.features if following else "evaluation.prompt_features names nothing"

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +120,9 @@ class Reader(nn.Module):
             seen = stage(seen)
             features.append(seen)
         found = self._find(features[_FACE_STAGE])
-        for name, look in LOOKS.items():
+        for look, stages in zip(LOOKS.values(), self.close.values(), strict=True):
             seen = close_up(images, found.detach() if faces is None else faces, look)
-            for stage in self.close[name]:
+            for stage in cast(nn.ModuleList, stages):
                 seen = stage(seen)
                 features.append(seen)
         pooled = _pooled(features)
