@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
+AS_TRAINED = ("lora_scale", 1.0)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 with a message and no traceback for a user's mistake.
 
@@ -90,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
+
+    choose = _with_config(
+        commands.add_parser("choose", help="choose a run's checkpoint, LoRA scale and guidance")
+    )
+    choose.add_argument("run_dir", nargs="?", type=typed, help="the run's folder; default: output_dir")
+    choose.set_defaults(run=_choose)
 
     config = _with_config(commands.add_parser("config", help="print the configuration, key by key"))
     config.add_argument(
@@ -201,6 +210,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, source=options.source)
     print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(report.weak_spots_text(config))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -226,9 +236,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
     result = evaluate(config.run_dir, config=config)
-    print(report.scores_table(result))
+    print(f"{report.axes_table(result)}\n\n{report.scores_table(result)}")
     if result.traits:
         print(f"\n{report.traits_table(result)}")
+
+
+def _choose(options: argparse.Namespace) -> None:
+    from bunny_lora import report
+    from bunny_lora.evaluation import choose
+
+    of_run = options.run_dir and options.config is None
+    path = options.run_dir / "config.yaml" if of_run else options.config
+    config = open_config(path, settings=options.set, output_dir=options.run_dir)
+    print(report.choice_table(choose(config.run_dir, config=config)))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -258,7 +278,7 @@ def _download(options: argparse.Namespace) -> None:
 def models_of(config: Config) -> list[str]:
     """Return every model that a configuration names: of the base, and what looks at pictures."""
     evaluation = config.evaluation
-    encoders = (config.face_encoder, evaluation.features)
+    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
     named = [name for name in encoders if name and name != "palette"]
     return list(dict.fromkeys([config.base_model, *named]))
 
@@ -313,12 +333,14 @@ def _recommendation(
         "width": "{} px wide",
         "height": "{} px high",
         "sampler": "{}",
+        "lora_scale": "LoRA scale {}",
     }
     recommended = pipe.recommended.settings() if pipe.recommended else {}
     parts = [
         text.format(recommended[key])
         for key, text in said.items()
         if key not in typed_settings and recommended.get(key) == drawn_with[key]
+        if (key, recommended[key]) != AS_TRAINED
     ]
     return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
 

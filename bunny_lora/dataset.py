@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
-from bunny_lora.data.captions import name_first, name_only, near_caption
+from bunny_lora.data.captions import MEDIUM, PORTRAIT, name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
-from bunny_lora.data.images import FACE_TO_BODY, Finder, crop_around, open_rgb
+from bunny_lora.data.images import FACE_TO_BODY, Finder, crop_around, open_rgb, square_around
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
     caption_tokens,
@@ -32,6 +32,10 @@ from bunny_lora.data.summary import (
 )
 from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
+
+FACE_TO_PORTRAIT = 2.5  # where the picture ends before that: not much but a head
+# How far a body reaches from a face, in widths of it to each side, in heights of it up and down.
+BODY_ASIDE, BODY_UP, BODY_DOWN = 0.75, 0.75, 2.5
 
 __all__ = [
     "ImageDataset",
@@ -152,7 +156,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             )
             if name and not margin <= middle <= length - margin
         }
-        return name_only(sample.caption, self.names - unseen, unseen)
+        return name_only(sample.caption, self.names - unseen, unseen, len(sample.faces))
 
     def zoomed_caption(self, index: int, face: int) -> str:
         """Return what `zoomed` shows; the picture's own caption where faces were not tied to names."""
@@ -160,7 +164,30 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         name = self.face_names[index][face] if self.face_names is not None else None
         if name is None:
             return sample.caption
-        return near_caption(sample.caption, name, self.names - {name})
+        x1, y1, x2, y2 = sample.faces[face]
+        seen = min([FACE_TO_BODY, *(side / max(x2 - x1, y2 - y1, 1) for side in sample.size)])
+        shot = PORTRAIT if seen < FACE_TO_PORTRAIT else MEDIUM
+        others = self.names - {name}
+        return near_caption(sample.caption, name, others, n_faces=len(sample.faces), shot=shot)
+
+    def own_part(self, index: int, face: int) -> torch.Tensor | None:
+        """Return where `zoomed` shows nobody else, float32 [resolution / 8] squared of 1 and 0.
+
+        Of the others it knows the faces, and takes their bodies to be below; where they stand in each
+        other's way, all counts as the own one's. None where the others are not in the view.
+        """
+        sample, side = self.samples[index], self.resolution // 8
+        if not sample.size:
+            return None
+        left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_BODY)
+        mask = torch.ones(side, side)
+        others = [box for place, box in enumerate(sample.faces) if place != face]
+        for box, value in [*((other, 0.0) for other in others), (sample.faces[face], 1.0)]:
+            x1, y1, x2, y2 = _body(box)
+            rows = [_place((y - top) * side / width) for y in (y1, y2)]
+            columns = [_place((x - left) * side / width) for x in (x1, x2)]
+            mask[slice(*rows), slice(*columns)] = value
+        return None if mask.all() else mask
 
     def _cut(self, image: Image.Image) -> Image.Image:
         if self.center_crop:
@@ -168,6 +195,17 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale / 8) * 8) for side in image.size)
         return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _body(face: Sequence[float]) -> tuple[float, float, float, float]:
+    """Return a face's box grown to the body below it."""
+    x1, y1, x2, y2 = face
+    aside, height = BODY_ASIDE * (x2 - x1), y2 - y1
+    return x1 - aside, y1 - BODY_UP * height, x2 + aside, y2 + BODY_DOWN * height
+
+
+def _place(coordinate: float) -> int:
+    return max(0, round(coordinate))
 
 
 def is_data(data_dir: Path) -> bool:

@@ -19,6 +19,7 @@ from bunny_lora.model import adapters, components, devices, formats, samplers
 from bunny_lora.training.handover import (
     HANDOVER,
     Recommended,
+    chosen_weights,
     read_handover,
     recommended_by,
     recorded_precision,
@@ -52,7 +53,7 @@ def load_lora_pipeline(
     Args:
         base_model: folder, hub repository or random model; None reads it from the run that the weights
             belong to.
-        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (its `final`), or a
+        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (see `handed_on`), or a
             `.safetensors` file of diffusers or kohya; several as `{path: weight}`; None loads no LoRA.
         device: "cpu", "cuda" or "auto".
         dtype: precision of the base weights; None is the run's own, float32 without a run.
@@ -76,6 +77,8 @@ def load_lora_pipeline(
             adapters.attach_modules(models[part], modules)
     pipe = components.pipeline_from(parts, base_model)
     pipe.recommended = recommended(first)
+    if pipe.recommended and len(found) > 1:  # each has its own weight already
+        pipe.recommended = pipe.recommended.model_copy(update={"lora_scale": 1.0})
     return pipe
 
 
@@ -87,13 +90,20 @@ def find_loras(named: Iterable[tuple[str | Path, float]]) -> dict[Path, float]:
     """
     found: dict[Path, float] = {}
     for name, weight in named:
-        path = adapters.find_weights(name)
+        path = adapters.find_weights(handed_on(name))
         if path.resolve() in {known.resolve() for known in found}:
             raise BunnyLoraError(
                 f"The LoRA in {path} is named twice; name it once, with the sum of the weights."
             )
         found[path] = weight
     return found
+
+
+def handed_on(name: str | Path) -> str | Path:
+    """Return the weights that a run's folder stands for: those that were chosen; else the same name."""
+    folder = paths.expanded(name) if paths.expanded(name).exists() else paths.resolve(name)
+    is_run = (folder / HANDOVER).is_file() and (folder / "final").is_dir()
+    return chosen_weights(folder) if is_run else name
 
 
 def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:

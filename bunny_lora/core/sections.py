@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -23,6 +23,9 @@ Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
 Sampler = Literal["own", "pndm", "ddim", "euler", "unipc", "dpm++-2m", "dpm++-2m-karras"]
+
+Scale = Annotated[float, Field(ge=0, le=2)]
+Guidance = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -185,6 +188,24 @@ class SamplingSection(Section):
     """How closely a picture follows its prompt; up to 1, half the time and no negative prompt."""
 
 
+class ChooseSection(Section):
+    """What `bunny-lora choose` tries: every checkpoint by its loss in seconds, a few by their pictures.
+
+    These are `evaluation.prompts`, and the same without a name, drawn with each checkpoint of the
+    shortlist at each LoRA scale and guidance.
+    """
+
+    n_shortlist: int = Field(3, ge=1)
+    """How many checkpoints are drawn with: those of the lowest loss on held-out frames, and the last;
+    where no frames are held out, checkpoints evenly spaced."""
+    checkpoints: list[int] = Field(default_factory=list)
+    """Steps of the checkpoints to draw with, instead of a shortlist by loss."""
+    scales: list[Scale] = Field([0.8, 1.0], min_length=1)
+    """LoRA scales, 0: the base model, 1: as trained."""
+    guidances: list[Guidance] = Field(default_factory=list)
+    """Guidance scales; none: the one of `sampling`."""
+
+
 class EvaluationSection(Section):
     """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
 
@@ -206,6 +227,16 @@ class EvaluationSection(Section):
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
+    checklist: dict[str, list[str]] = Field(default_factory=dict)
+    """What a person is to look for, `ellie: [a bent left ear, a yellow bow]`: evaluation/checklist.md
+    is a sheet of all pictures to tick it on."""
     features: str = "palette"
     """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
     CLIP, SigLIP), folder or hub name."""
+    prompt_features: str | None = None
+    """What tells whether a picture shows what its prompt asks for: bunny-world, or a CLIP or SigLIP,
+    folder or hub name. null: nothing does."""
+    ceiling_shots: int = Field(8, ge=0)
+    """Identity is told between a floor and a ceiling: so many shots of each character, one by one, are
+    compared with the others, as the autoencoder gives them back. 0: no floor and ceiling."""
+    choose: ChooseSection = ChooseSection()

@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from bunny_lora.data.frames import Sample
-from bunny_lora.data.images import open_rgb
+from bunny_lora.data.thumbnails import thumbnails
 
-THUMB = (16, 9)
 # Mean differences of thumbnails, of 1: cuts of the films at hand are above 0.2 where the place changes.
 NEIGHBOURS, SAME = 0.08, 0.02
 NOBODY = ""
@@ -31,7 +29,8 @@ def shots(paths: Sequence[Path]) -> list[int]:
     Neighbours in the order given belong together where little has moved, others where they are nearly
     the same picture.
     """
-    thumbs = np.stack([_thumb(path) for path in paths])
+    pictures = thumbnails(paths)
+    thumbs = np.stack([picture.reshape(-1) for picture in pictures]) if pictures else np.empty((0, 1))
     shot = list(range(len(paths)))
     for i in range(1, len(paths)):
         distances = np.abs(thumbs[:i] - thumbs[i]).mean(axis=1)
@@ -42,11 +41,6 @@ def shots(paths: Sequence[Path]) -> list[int]:
         shot = [min(merged) if number in merged else number for number in shot]
     order = {number: place for place, number in enumerate(dict.fromkeys(shot))}
     return [order[number] for number in shot]
-
-
-def _thumb(path: Path) -> np.ndarray:
-    small = open_rgb(path).resize(THUMB, Image.Resampling.BOX)
-    return np.asarray(small, np.float32).reshape(-1) / 255
 
 
 def split(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:

@@ -114,10 +114,11 @@ class Judge:
         right, group = _right(config), _group(run_dir, base)
         return cls(run_dir, right, group, _ceiling(config, right, group))
 
-    def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return identity and what was asked for of images of characters, [N] each, in their order.
 
-        NaN where the reader has nothing to tell: no traits, or a prompt that asks for nothing.
+        NaN where the reader has nothing to tell: no traits, or a prompt that asks for nothing; None
+        where no prompt does.
         """
         group = _group(self.run_dir, specs)
         identity = torch.full((len(specs),), float("nan"))
@@ -125,7 +126,8 @@ class Judge:
             if self.right.of(name):
                 rows = torch.tensor([character == name for character in group.characters])
                 identity[rows] = self._placed(group.of(name), name)
-        return identity, axes.as_asked(group.read, group.prompts, self.right.asked())
+        asked = axes.as_asked(group.read, group.prompts, self.right.asked())
+        return identity, asked if asked.isfinite().any() else None
 
     def _placed(self, part: Group, name: str) -> torch.Tensor:
         return _placed(self.right, part, name, self.base, self.ceiling)
@@ -238,18 +240,6 @@ def _ceiling(config: Config, right: Traits, base: Group) -> Group:
         )
         for number, (name, prompt) in enumerate(wanted)
     ]
-    images = _through_autoencoder(renders)
+    vae = components.load_vae(components.BUNNY_WORLD, torch.device("cpu"))
+    images = [components.reconstruct(vae, render) for render in renders]
     return Group([name for name, _ in wanted], [prompt for _, prompt in wanted], _read(images))
-
-
-def _through_autoencoder(images: Sequence[Image.Image]) -> list[Image.Image]:
-    vae = components.load_components(components.BUNNY_WORLD, torch.device("cpu"), torch.float32).vae
-    returned = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mean
-            decoded = vae.decode(latents).sample
-        array = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        returned.append(Image.fromarray(array))
-    return returned

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bunny_lora.config import Config
-from bunny_lora.core import files, paths
+from bunny_lora.core import choice, files, paths
+from bunny_lora.core.choice import Choice
 from bunny_lora.core.eval_result import MeanScores
 from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
@@ -82,29 +83,38 @@ class Handover(_Part):
     token_budget: TokenBudget
     recommended: Recommended
     scores: MeanScores | None = None
+    final_sha256: str | None = None
+    why: str | None = None
 
 
 def write_handover(run_dir: Path, config: Config, scores: MeanScores | None = None) -> Path:
-    """Write `handover.json` about `run_dir/final`; scores that are known of the same weights stay.
+    """Write `handover.json` about the weights that were chosen, or else `run_dir/final`.
+
+    Scores that are known of the same `final` stay, and so does a choice among these weights.
 
     Args:
         run_dir: the run's folder.
         config: the run's configuration.
         scores: mean of each measure over all characters, and the features that measured.
     """
-    final = run_dir / "final"
-    digest = str(adapters.adapter_digest(final))
-    if scores is None and (known := _known(run_dir)) and known.weights_sha256 == digest:
-        scores = known.scores
+    digest = str(adapters.adapter_digest(run_dir / "final"))
+    if scores is None and (known := _known(run_dir)):
+        same = digest == (known.final_sha256 or known.weights_sha256)
+        scores = known.scores if same else None
+    chosen = _chosen(run_dir, digest)
+    recommended, step = recommended_by(config), config.training.max_train_steps
+    if chosen is not None:
+        how = {"lora_scale": chosen.best.lora_scale, "guidance_scale": chosen.best.guidance_scale}
+        recommended, step = recommended.model_copy(update=how), chosen.best.step
     tokenizer = components.load_tokenizer(config.base_model)
     counts = Counter(name for sample in _samples(config) for name in sample.characters)
     handover = Handover(
         base_model=split_revision(config.base_model)[0],
         base_revision=components.base_commit(config.base_model),
-        weights=final.name,
-        weights_sha256=digest,
+        weights=chosen.best.model if chosen else "final",
+        weights_sha256=chosen.weights_sha256 if chosen else digest,
         precision=_newest_precision(run_dir),
-        step=config.training.max_train_steps,
+        step=step,
         trigger_words=[
             TriggerWord(word=name, training_images=n, tokens=count_tokens(name, tokenizer) - 2)
             for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -112,11 +122,37 @@ def write_handover(run_dir: Path, config: Config, scores: MeanScores | None = No
         token_budget=TokenBudget(
             total=tokenizer.model_max_length, for_prompt=tokenizer.model_max_length - 2
         ),
-        recommended=recommended_by(config),
+        recommended=recommended,
         scores=scores,
+        final_sha256=digest,
+        why=chosen.why if chosen else None,
     )
     files.write_json(run_dir / HANDOVER, handover.model_dump(mode="json"))
     return run_dir / HANDOVER
+
+
+def _chosen(run_dir: Path, final_sha256: str) -> Choice | None:
+    """Return what was chosen for a run, if all weights are still those that were chosen among."""
+    found = choice.find(run_dir)
+    if found is None:
+        return None
+    now = adapters.adapter_digest(run_dir / found.best.model)
+    if (now, final_sha256) == (found.weights_sha256, found.final_sha256):
+        return found
+    print(
+        f"{found.best.label} was chosen among other weights than there are now, so {HANDOVER} names"
+        " final/: run `bunny-lora choose` again."
+    )
+    return None
+
+
+def chosen_weights(run_dir: Path) -> Path:
+    """Return the folder of the weights that a run hands on, which is said where it is not `final/`."""
+    found = _known(run_dir) if (run_dir / HANDOVER).is_file() else None
+    if found is None or found.weights == "final":
+        return run_dir / "final"
+    print(f"{found.weights} of {paths.relative(run_dir)}, as `choose` found: {found.why}")
+    return run_dir / found.weights
 
 
 def recommended_by(config: Config) -> Recommended:

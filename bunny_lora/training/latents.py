@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,13 +30,30 @@ from bunny_lora.model.components import encode_images
 class Batch:
     """One micro-batch, everything random in it drawn from (seed, purpose, position).
 
-    `latents` and `noise` are float32 [N, 4, h, w], `timesteps` int64 [N], `captions` N strings.
+    `latents` and `noise` are float32 [N, 4, h, w], `timesteps` int64 [N], `captions` N strings. `mask`
+    is float32 [N, 1, h, w], 0 where nothing is to be learnt; None: nowhere.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     captions: list[str]
+    mask: torch.Tensor | None = None
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """Return all samples of several batches of one size as one."""
+        masks = [batch.mask for batch in batches]
+        if any(mask is not None for mask in masks):
+            ones = [torch.ones_like(batch.latents[:, :1]) for batch in batches]
+            masks = [one if mask is None else mask for mask, one in zip(masks, ones, strict=True)]
+        return Batch(
+            torch.cat([batch.latents for batch in batches]),
+            torch.cat([batch.noise for batch in batches]),
+            torch.cat([batch.timesteps for batch in batches]),
+            [caption for batch in batches for caption in batch.captions],
+            None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None]),
+        )
 
 
 @dataclass(frozen=True)
@@ -54,13 +71,15 @@ class EncodedView:
     """A view as latents: mean and standard deviation, float32 [2, 4, H/8, W/8].
 
     `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already. `face_names`
-    say whose they are, if anybody knows. `caption` is None where it is the sample's own.
+    say whose they are, if anybody knows. `caption` is None where it is the sample's own. `mask` is
+    float32 [H/8, W/8], 0 where somebody else is; None: nowhere.
     """
 
     latent_dist: torch.Tensor
     faces: list[list[float]]
     caption: str | None = None
     face_names: FaceNames = ()
+    mask: torch.Tensor | None = None
 
     def unseen(self, left: int, top: int, side: int) -> set[str]:
         """Return who has a face, and has its middle outside a square: not of those without one."""
@@ -107,10 +126,9 @@ class EncodedImages:
             self._draw(seed, position + offset, epoch[place], num_train_timesteps)
             for offset, place in enumerate(sample_indices(seed, len(epoch), position, count))
         ]
-        latents, noise, timesteps, captions = zip(*drawn, strict=True)
-        return Batch(torch.stack(latents), torch.stack(noise), torch.stack(timesteps), list(captions))
+        return Batch.joined(drawn)
 
-    def _draw(self, seed: int, position: int, index: int, num_train_timesteps: int) -> tuple:
+    def _draw(self, seed: int, position: int, index: int, num_train_timesteps: int) -> Batch:
         random = generator(seed, f"{self.stream} sample", position)
         views = self.views[index]
         view = views[int(torch.randint(len(views), (), generator=random))]
@@ -122,8 +140,9 @@ class EncodedImages:
         timestep = torch.randint(num_train_timesteps, (), generator=random)
         caption = self.samples[index].caption if view.caption is None else view.caption
         if unseen := view.unseen(left, top, self.latent_size):
-            caption = name_only(caption, self.names - unseen, unseen)
-        return latents, noise, timestep, self._thinned(caption, random)
+            caption = name_only(caption, self.names - unseen, unseen, len(view.faces))
+        mask = None if view.mask is None else view.mask[None, None]
+        return Batch(latents[None], noise[None], timestep[None], [self._thinned(caption, random)], mask)
 
     def _place(
         self, latents: torch.Tensor, faces: list[list[float]], random: torch.Generator
@@ -193,6 +212,7 @@ def encode_dataset(
     *,
     random_flip: bool = False,
     zoom_on_faces: bool = False,
+    mask_neighbours: bool = False,
     tag_dropout: float = 0.0,
     caption_dropout: float = 0.0,
     repeats: list[int] | None = None,
@@ -209,6 +229,7 @@ def encode_dataset(
         random_flip: encode the mirror images too.
         zoom_on_faces: encode the square around each face that is known by name, too; an image is
             drawn from near as often as whole.
+        mask_neighbours: know where such a square shows others, who are not to be learnt from it.
         tag_dropout: share of a caption's parts, between commas, left out at random, but for the
             first and those with a name of `images.characters`.
         caption_dropout: share of captions that are left out as a whole.
@@ -235,6 +256,8 @@ def encode_dataset(
     near: list[list[EncodedView]] = [[] for _ in range(len(images))]
     for i, view in enumerate(views):
         encoded = _encoded_view(view, images, tensors[f"{i:06d}"])
+        if mask_neighbours and view.zoomed:
+            encoded = replace(encoded, mask=_own_part(view, images))
         (near if view.zoomed else whole)[view.index].append(encoded)
     # The whole image once for each face, so that it is drawn as often as all of them.
     drawn = [w * max(1, len(n) // len(w)) + n for w, n in zip(whole, near, strict=True)]
@@ -277,6 +300,11 @@ def _encoded_view(view: View, images: ImageDataset, latent_dist: torch.Tensor) -
     faces = _faces_in(view, images, latent_dist)
     names = images.face_names[view.index] if faces and images.face_names is not None else ()
     return EncodedView(latent_dist, faces, None if caption == own else caption, names)
+
+
+def _own_part(view: View, images: ImageDataset) -> torch.Tensor | None:
+    mask = images.own_part(view.index, view.face)
+    return mask if mask is None or not view.mirrored else mask.flip(-1)
 
 
 def _faces_in(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> list[list[float]]:

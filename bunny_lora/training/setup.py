@@ -90,16 +90,8 @@ def set_up(
         if config.held_out:
             print(shots.told(samples, held_out))
         images = encode(config, parts, samples, config.data_path.parent, "training")
-        if config.training.caption_tag_dropout and not images.has_parts:
-            print(
-                "training.caption_tag_dropout does nothing: no caption has a part, after a comma,"
-                " that may be left out."
-            )
-        if config.preservation.share and not images.names:
-            print(
-                "preservation.share: the data say of nobody who is in a picture, so no name is taken"
-                " out; the captions of its samples are empty, or the class_prompt."
-            )
+        for line in _idle(config, images):
+            print(line)
         class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
 
     setup = assemble(config, parts, pipe, images, class_data, start, group)
@@ -146,6 +138,26 @@ def assemble(
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
     fast_path = _fast_path_here(start.fast_path or fingerprint.fast_path_of(config), parts)
     return Setup(config, parts, pipe, learner, state, group, "", None, start.history, fast_path)
+
+
+def _idle(config: Config, images: EncodedImages) -> list[str]:
+    """Return in lines which settings find nothing in the data to work on."""
+    views = [view for views in images.views for view in views]
+    near = any(len(views) > 1 + config.random_flip for views in images.views)
+    said = {
+        "training.caption_tag_dropout does nothing: no caption has a part, after a comma, that may be"
+        " left out.": config.training.caption_tag_dropout and not images.has_parts,
+        "preservation.share: the data say of nobody who is in a picture, so no name is taken out; the"
+        " captions of its samples are empty, or the class_prompt.": (
+            config.preservation.share and not images.names
+        ),
+        "zoom_on_faces does nothing: no picture has one name and one face, or faces that face_encoder"
+        " tied to names.": config.zoom_on_faces and not near,
+        "mask_neighbours does nothing: no view from near is known to show somebody else.": (
+            config.mask_neighbours and all(view.mask is None for view in views)
+        ),
+    }
+    return [line for line, applies in said.items() if applies]
 
 
 def _fast_path_here(chosen: str, parts: Components) -> str:
@@ -241,6 +253,7 @@ def encode(
         place / "latents",
         random_flip=config.random_flip,
         zoom_on_faces=config.zoom_on_faces,
+        mask_neighbours=config.mask_neighbours,
         tag_dropout=training.caption_tag_dropout if is_training else 0.0,
         caption_dropout=training.caption_dropout if is_training else 0.0,
         repeats=images.repeats(balance=config.balance_characters),
