@@ -1,4 +1,4 @@
-"""From the command to the end of the first step: with everything to do, and with all of it kept.
+"""From the command to the first step, saved: with everything to do, and with all of it kept.
 
     python benchmarks/start.py                               # the real shape, 512 px
     python benchmarks/start.py --base-model random-tiny --resolution 32
@@ -26,7 +26,7 @@ FIRST_STEP = "import sys; from bunny_lora import LoRATrainer; next(LoRATrainer(s
 
 
 def start(config: str) -> Seconds:
-    """Return how long a process takes that trains one step."""
+    """Return how long a process takes that trains one step and saves it."""
     wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", FIRST_STEP, config], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -57,7 +57,7 @@ def main() -> None:
         f"{options.base_model} at {options.resolution} px, {options.frames} frames, one image a step;"
         f" a new process each, medians of {options.repeats}"
     ]
-    results = measuring.table(times | {"warm": warm}, "to the end of the first step")
+    results = measuring.table(times | {"warm": warm}, "to the first step, saved")
     measuring.report(measuring.section("A start", facts, results, load), options.append)
 
 

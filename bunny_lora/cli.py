@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
+from bunny_lora.arguments import of_export, of_generate, of_sweep, with_config
 from bunny_lora.config import Config, json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
@@ -69,14 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bunny-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    prepare = _with_config(commands.add_parser("prepare", help="write training data from a source"))
+    prepare = with_config(commands.add_parser("prepare", help="write training data from a source"))
     prepare.add_argument(
         "--source", type=typed_or_name, help="a stage-4 run, a folder of images, or auto"
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace data edited by hand")
     prepare.set_defaults(run=_prepare)
 
-    train = _with_config(commands.add_parser("train", help="train LoRA, or go on with a run"))
+    train = with_config(commands.add_parser("train", help="train LoRA, or go on with a run"))
     train.add_argument("--max-steps", type=int, help="training.max_train_steps")
     train.add_argument("--output-dir", type=typed, help="the run's folder")
     train.add_argument(
@@ -86,26 +87,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    plan = _with_config(commands.add_parser("plan", help="what a run will take, by a little of it"))
+    plan = with_config(commands.add_parser("plan", help="what a run will take, by a little of it"))
     plan.add_argument("--hours", type=float, help="those that there are: more is no-go")
     plan.set_defaults(run=_plan)
 
-    evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
+    evaluate = with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
 
-    choose = _with_config(
+    choose = with_config(
         commands.add_parser("choose", help="choose a run's checkpoint, LoRA scale and guidance")
     )
     choose.add_argument("run_dir", nargs="?", type=typed, help="the run's folder; default: output_dir")
     choose.set_defaults(run=_choose)
 
-    config = _with_config(commands.add_parser("config", help="print the configuration, key by key"))
+    config = with_config(commands.add_parser("config", help="print the configuration, key by key"))
     config.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of the file instead"
     )
     config.set_defaults(run=_config)
-    download = _with_config(commands.add_parser("download", help="fetch models from the hub"))
+    download = with_config(commands.add_parser("download", help="fetch models from the hub"))
     download.add_argument(
         "model",
         nargs="?",
@@ -113,95 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="owner/name, or owner/name@revision; default: all that the configuration names",
     )
     download.set_defaults(run=_download)
-    _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
-    _add_export(commands.add_parser("export", help="write trained weights for other programs"))
-    _add_sweep(commands.add_parser("sweep", help="train and evaluate over a grid of settings"))
+    generate = of_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
+    generate.set_defaults(run=_generate)
+    export = of_export(commands.add_parser("export", help="write trained weights for other programs"))
+    export.set_defaults(run=_export)
+    sweep = of_sweep(commands.add_parser("sweep", help="train and evaluate over a grid of settings"))
+    sweep.set_defaults(run=_sweep)
     add_world(commands.add_parser("world", help="Bunny World: a cartoon film to try things on"))
     return parser
-
-
-def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--config", type=typed, help="YAML file; default: your data's or the demo's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        type=as_text,
-        default=[],
-        metavar="KEY=VALUE",
-        help="training.seed=1; repeatable",
-    )
-    return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lora-weights",
-        action="append",
-        metavar="PATH[=WEIGHT]",
-        help="a run's folder, …/checkpoint-100 or a .safetensors file; repeatable, to mix several",
-    )
-    parser.add_argument(
-        "--base-model", type=typed_or_name, help="default: the one the run was trained on"
-    )
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", type=as_text, help="repeatable")
-    prompts.add_argument("--prompts", type=typed, metavar="FILE", help="one a line; needs --out")
-    parser.add_argument(
-        "--out",
-        "--output",
-        type=new,
-        help="PNG file (out.png) or folder; --prompts: a folder, the same command goes on in it",
-    )
-    parser.add_argument("--negative-prompt", type=as_text)
-    parser.add_argument("--seed", type=int, action="append", help="repeatable; default 42")
-    parser.add_argument(
-        "--steps", type=int, help="denoising steps; default: as the run recommends, or 25"
-    )
-    parser.add_argument("--guidance", type=float, help="guidance scale; default: the run's, or 7.5")
-    parser.add_argument(
-        "--lora-scale", type=float, help="0: base model, 1: as trained; default: the run's"
-    )
-    parser.add_argument("--width", type=int, help="pixels; default: the run's, or the model's own")
-    parser.add_argument("--height", type=int)
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--sampler", help="as in sampling.sampler; default: the run's, or the model's own")
-    way.add_argument(
-        "--reference",
-        action="store_true",
-        help="to the bit what diffusers and peft alone draw, which is slower",
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
-    parser.set_defaults(run=_generate)
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    kinds = ["peft", "diffusers", "kohya", "merged", "checkpoint", "kohya-sd1"]
-    parser.add_argument(
-        "--lora-weights", type=typed, required=True, help="…/final, …/checkpoint-100 or a run's folder"
-    )
-    parser.add_argument("--out", "--output", type=new, required=True, help="a new folder")
-    parser.add_argument(
-        "--base-model", type=typed_or_name, help="default: the one the run was trained on"
-    )
-    parser.add_argument(
-        "--format",
-        action="append",
-        choices=kinds,
-        help="repeatable; default: peft, diffusers and kohya",
-    )
-    parser.add_argument("--hub", metavar="OWNER/NAME", help="upload too, to this private repository")
-    parser.set_defaults(run=_export)
-
-
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=typed, help="YAML with config, output_dir and grid")
-    parser.add_argument(
-        "--slurm",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="as jobs of a SLURM cluster, with submitit's options: slurm_partition=cpu timeout_min=600",
-    )
-    parser.set_defaults(run=_sweep)
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -343,16 +263,6 @@ def _recommendation(
         if (key, recommended[key]) != AS_TRAINED
     ]
     return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
-
-
-def as_text(argument: str) -> str:
-    """Return a typed text that the locale could not decode as the UTF-8 that it mostly is."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        with contextlib.suppress(UnicodeError):
-            return os.fsencode(argument).decode()
-    return argument
 
 
 def weighted(text: str) -> tuple[str, float]:
