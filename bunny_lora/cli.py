@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
-from bunny_lora.config import json_schema
+from bunny_lora.config import Config, json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import new, relative, typed, typed_or_name
@@ -92,12 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--schema", action="store_true", help="print the JSON Schema of the file instead"
     )
     config.set_defaults(run=_config)
-    download = _with_config(commands.add_parser("download", help="fetch a base model from the hub"))
+    download = _with_config(commands.add_parser("download", help="fetch models from the hub"))
     download.add_argument(
         "model",
         nargs="?",
         type=typed_or_name,
-        help="owner/name, or owner/name@revision; default: base_model",
+        help="owner/name, or owner/name@revision; default: all that the configuration names",
     )
     download.set_defaults(run=_download)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
@@ -221,13 +221,26 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from bunny_lora.model import components, hub
+    from bunny_lora.model import components, hub, image_encoder
 
-    name = options.model or open_config(options.config, settings=options.set).base_model
-    if folder := components.folder_here(name):
-        print(f"{name} needs no download: {relative(Path(folder))}")
-    else:
-        print(hub.download(name))
+    names = (
+        [options.model]
+        if options.model
+        else models_of(open_config(options.config, settings=options.set))
+    )
+    for name in names:
+        if folder := components.folder_here(name) or image_encoder.folder_here(name):
+            print(f"{name} needs no download: {relative(Path(folder))}")
+        else:
+            print(hub.fetch(name))
+
+
+def models_of(config: Config) -> list[str]:
+    """Return every model that a configuration names: of the base, and what looks at pictures."""
+    evaluation = config.evaluation
+    encoders = (config.face_encoder, evaluation.features)
+    named = [name for name in encoders if name and name != "palette"]
+    return list(dict.fromkeys([config.base_model, *named]))
 
 
 def _generate(options: argparse.Namespace) -> None:

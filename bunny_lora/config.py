@@ -81,12 +81,16 @@ class Config(Section):
     zoom_on_faces: bool = False
     """A picture of one character whose face was found is shown from near as often as whole."""
     face_encoder: str | None = None
-    """What ties faces to names: bunny-world, or a CLIP model, folder or hub name. zoom_on_faces then
-    shows all who are named in a picture, and captions name only whose face is seen. null: nothing."""
+    """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
+    zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
+    evaluation compares with the right faces. null: nothing."""
     mask_neighbours: bool = False
     """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
+    held_out: float = Field(0.0, ge=0, le=0.5)
+    """How much of each character, in whole shots, training does not see, so that `choose` can tell
+    learning from learning by heart. 0: nothing."""
     num_workers: int = Field(0, ge=0, le=256)
     """Processes that read pictures, as in torch's DataLoader."""
     pin_memory: bool = False

@@ -21,7 +21,13 @@ from bunny_lora.core import files, paths, seeding
 from bunny_lora.data.captions import MEDIUM, PORTRAIT, name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
-from bunny_lora.data.images import Finder, crop_around, open_rgb, square_around
+from bunny_lora.data.images import (
+    FACE_TO_BODY,
+    Finder,
+    crop_around,
+    open_rgb,
+    square_around,
+)
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
     caption_tokens,
@@ -33,7 +39,6 @@ from bunny_lora.data.summary import (
 from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
 
-FACE_TO_ZOOM = 4.0  # the side of a picture from near over its face: a head, and most of a cartoon body
 FACE_TO_PORTRAIT = 2.5  # where the picture ends before that: not much but a head
 # How far a body reaches from a face, in widths of it to each side, in heights of it up and down.
 BODY_ASIDE, BODY_UP, BODY_DOWN = 0.75, 0.75, 2.5
@@ -140,7 +145,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def zoomed(self, index: int, face: int = 0) -> torch.Tensor:
         """Return the square around a face of a picture, [3, resolution, resolution]."""
-        near = self.face(index, face, FACE_TO_ZOOM)
+        near = self.face(index, face, FACE_TO_BODY)
         return self._pixels(near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
     def caption(self, index: int) -> str:
@@ -166,7 +171,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         if name is None:
             return sample.caption
         x1, y1, x2, y2 = sample.faces[face]
-        seen = min([FACE_TO_ZOOM, *(side / max(x2 - x1, y2 - y1, 1) for side in sample.size)])
+        seen = min([FACE_TO_BODY, *(side / max(x2 - x1, y2 - y1, 1) for side in sample.size)])
         shot = PORTRAIT if seen < FACE_TO_PORTRAIT else MEDIUM
         others = self.names - {name}
         return near_caption(sample.caption, name, others, n_faces=len(sample.faces), shot=shot)
@@ -180,7 +185,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         sample, side = self.samples[index], self.resolution // 8
         if not sample.size:
             return None
-        left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_ZOOM)
+        left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_BODY)
         mask = torch.ones(side, side)
         others = [box for place, box in enumerate(sample.faces) if place != face]
         for box, value in [*((other, 0.0) for other in others), (sample.faces[face], 1.0)]:

@@ -55,6 +55,22 @@ def reading(config: Config) -> dict[str, Any]:
     }
 
 
+def read_split(
+    config: Config, data_dir: Path | None = None
+) -> tuple[list[dataset.Sample], list[dataset.Sample]]:
+    """Return the pictures that training sees, and those that `config.held_out` keeps from it.
+
+    Args:
+        config: how data are read, and how much is held out.
+        data_dir: None is the configuration's.
+
+    Raises:
+        BunnyLoraError: as `dataset.read_samples`.
+    """
+    samples = dataset.read_samples(data_dir or config.data_path, **reading(config))
+    return shots.split(samples, config.held_out)
+
+
 def check_as_it_is(config: Config) -> list[str]:
     """Return what nobody should miss of a `data_dir` that no one prepared: lines as of `remarks`.
 
@@ -76,7 +92,7 @@ def find_weak_spots(config: Config) -> list[WeakSpot]:
     tokenizer = components.load_tokenizer(config.base_model)
     samples = dataset.read_samples(config.data_path, **reading(config))
     samples = [writing.fitted(sample, tokenizer) for sample in samples]
-    pictures = shots.thumbnails(sample.path for sample in samples)
+    pictures = [sample.path for sample in samples]
     shot, group = shots.shots(pictures), shots.near_duplicates(pictures)
     facts = weak_spots.Facts(samples, config, tokenizer, shot, group)
     return weak_spots.find_weak_spots(facts)

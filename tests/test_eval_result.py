@@ -26,6 +26,7 @@ PARTS = (
     eval_result.ScoreTable,
     Intervals,
     eval_result.Interval,
+    eval_result.DriftScore,
     eval_result.TraitScores,
     eval_result.TraitScore,
     eval_result.ReferenceScores,

@@ -20,7 +20,7 @@ from bunny_lora import cli, export, inference
 from bunny_lora.core import eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export import model_card, names, writers
-from bunny_lora.model import adapters, components, formats, random_models
+from bunny_lora.model import adapters, components, formats, hub, random_models
 from bunny_lora.model.formats import Module
 from bunny_lora.training import handover
 
@@ -225,6 +225,17 @@ def test_what_a_name_is_after_is_said(
 def test_files_of_an_export_record_their_base_model(exported: Path, tiny_model: str) -> None:
     for name in ("peft", "pytorch_lora_weights.safetensors", "my_run.safetensors"):
         assert inference.recorded_base_model(exported / name) == tiny_model
+
+
+def test_a_kohya_file_records_the_revision_of_its_base_model(
+    run_dir: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "local", lambda name: Path(tiny_model))
+    lora = {"unet": {"x": MODULE}}
+    for name in ("owner/name@0a1b", "owner/name"):
+        about = model_card.About.of_run(run_dir / "final", name, lora)
+        formats.write_kohya(lora, tmp_path / "x.safetensors", about.kohya_metadata())
+        assert inference.recorded_base_model(tmp_path / "x.safetensors") == name
 
 
 def test_a_file_that_its_loader_reads_differently_is_not_written(

@@ -64,10 +64,13 @@ def test_text_that_lies_on_text_or_beyond_the_edge_is_found():
         assert_readable(plot.Plot(1.5, "an endless title " * 20))
 
 
-def test_a_damaged_picture_leaves_a_note(tmp_path):
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+@pytest.mark.parametrize("n_bytes", [4, 3000])
+def test_a_damaged_picture_leaves_a_note_and_no_open_file(tmp_path, n_bytes):
+    Image.effect_noise((100, 100), 50).save(tmp_path / "whole.png")
+    path = tmp_path / "cut.png"
+    path.write_bytes((tmp_path / "whole.png").read_bytes()[:n_bytes])
     figure = plot.Plot(1.5, "")
-    plot.show(figure.panel(1, 0.5, 0.9, 0.9), tmp_path / "cut.png")
+    plot.show(figure.panel(1, 0.5, 0.9, 0.9), path)
     assert "no picture" in texts(figure)
 
 

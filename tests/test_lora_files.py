@@ -12,13 +12,14 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same, changes, models_of, pipeline
+from test_ldm import SMALL
 
 from bunny_lora import inference
 from bunny_lora.cli import main
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, formats
-from bunny_lora.model.lora import LoRA, Module
+from bunny_lora.model import adapters, formats, ldm, random_models
+from bunny_lora.model.lora import KOHYA_PREFIXES, LoRA, Module
 
 State = dict[str, torch.Tensor]
 
@@ -112,16 +113,46 @@ def test_kohyas_files_are_read_as_diffusers_reads_them(
         assert_same(theirs[part], modules)
 
 
-def test_a_layer_without_alpha_has_its_rank_as_kohyas_scripts_have_it(
-    lora: LoRA, pipe: StableDiffusionPipeline, tmp_path: Path
+def test_layers_without_alpha_among_others_get_what_diffusers_gives_them(
+    lora: LoRA, pipe: StableDiffusionPipeline, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """diffusers takes the alpha of the other layers there; sd-scripts and ComfyUI the layer's rank."""
-    state = kohya(lora, tmp_path / "k.safetensors")
-    name = next(iter(lora["unet"]))
-    del state[f"lora_unet_{name.replace('.', '_')}.alpha"]
-    save_file(state, tmp_path / "k.safetensors")
-    ours = as_ours(tmp_path / "k.safetensors", pipe)["unet"]
-    assert ours[name].alpha == 4 and {m.alpha for n, m in ours.items() if n != name} == {6}
+    path = tmp_path / "k.safetensors"
+    state = kohya(lora, path)
+    lacking = [n for n in state if n.endswith(("to_k.alpha", "k_proj.alpha"))]
+    save_file({name: tensor for name, tensor in state.items() if name not in lacking}, path)
+    theirs, ours = as_diffusers(path, pipe), as_ours(path, pipe)
+    said = capsys.readouterr().out
+    for part, modules in ours.items():
+        assert_same(theirs[part], modules)
+        n_lacking = sum(name.startswith(KOHYA_PREFIXES[part]) for name in lacking)
+        assert f"no alpha of {n_lacking} of its {len(modules)} layers of the {part}:" in said
+    # Where a whole part has none, they are the ranks, as they are where the file has none.
+    save_file({n: t for n, t in state.items() if not n.startswith("lora_te") or "alpha" not in n}, path)
+    theirs, ours = as_diffusers(path, pipe), as_ours(path, pipe)
+    assert_same(theirs["text_encoder"], ours["text_encoder"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [SMALL, random_models.TINY], ids=["full", "two blocks"])
+def test_layers_named_as_in_the_ldm_layout_are_read_as_diffusers_converts_them(
+    shape: random_models.Shape, tmp_path: Path
+) -> None:
+    pipe, path = random_models.build_pipeline(shape), tmp_path / "ldm.safetensors"
+    layers = dict(pipe.unet.named_modules())
+    random = torch.Generator().manual_seed(2)
+    state = {}
+    for written, name in ldm.unet_layers(pipe.unet).items():
+        # To diffusers input_blocks_10 is a name of input_blocks_1; no attention is in the 10th.
+        if shape is SMALL and "attentions" not in name:
+            continue
+        if isinstance(layer := layers[name], torch.nn.Linear | torch.nn.Conv2d):
+            stem, (n_out, *rest) = f"lora_unet_{written.replace('.', '_')}", layer.weight.shape
+            state[f"{stem}.lora_down.weight"] = torch.randn(2, *rest, generator=random)
+            state[f"{stem}.lora_up.weight"] = torch.randn(n_out, 2, *[1] * (len(rest) - 1))
+            state[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(state, path)
+    pipe.load_lora_weights(path, unet_config=pipe.unet.config)
+    assert_same(changes(pipe.unet), as_ours(path, pipe)["unet"])
 
 
 def test_old_files_of_diffusers_are_read_as_diffusers_reads_them(
@@ -336,7 +367,6 @@ KINDS = {
     "LoRA of Stable Diffusion XL;": ones(f"{STEM}.lora_down.weight", shape=(4, 2048)),
     "Diffusion XL; the base model is another": ones(f"{NAME}.lora_A.weight", shape=(4, 2048)),
     "LoRA of Stable Diffusion 2.x": ones(f"{NAME}.lora.down.weight", shape=(4, 1024)),
-    "as the LDM layout": ones("lora_unet_input_blocks_1_1_proj_in.lora_down.weight"),
     "a diffusion transformer": ones("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
     r"transformer \(Flux, Stable Diffusion 3": ones("transformer.transformer_blocks.0.x.lora_A.weight"),
     "transformer .*and 1 more": ones("diffusion_model.blocks.0.x", "diffusion_model.blocks.1.x"),

@@ -90,6 +90,8 @@ def ended(started: list) -> list[tuple[int, str, str]]:
     finally:
         for process in started:
             process.kill()
+            with process:  # closes its pipes; open ones would fail whatever test runs later
+                pass
 
 
 COMMANDS = "import sys; from bunny_lora.cli import main; sys.exit(main(sys.argv[1:]))"

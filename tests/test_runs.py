@@ -1,7 +1,7 @@
 import errno
 import json
 import os
-import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -335,6 +335,7 @@ def test_a_full_disk_is_an_error_the_user_can_mend(tmp_path):
 
 def test_a_write_that_the_system_cuts_off_keeps_the_old_file(tmp_path):
     files.write_text(tmp_path / "a.txt", "old")
+    resource = pytest.importorskip("resource", reason="Windows has no limit for the size of a file")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
@@ -344,6 +345,36 @@ def test_a_write_that_the_system_cuts_off_keeps_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
     assert not leftovers(tmp_path)
+
+
+def test_a_folder_is_removed_even_where_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("one", "two"):
+        files.write_text(tmp_path / name / "inner" / "a.txt", "a")
+    monkeypatch.setattr(os, "mkdir", full)
+    files.remove(tmp_path / "one")
+    assert names(tmp_path) == ["two"]
+    # Killed before it was done, it is removed by the next start.
+    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    files.remove(tmp_path / "two")
+    [left] = tmp_path.iterdir()
+    monkeypatch.undo()
+    left.rename(left.with_name(left.name.replace(str(os.getpid()), str(2**22 + 1))))
+    files.recover(tmp_path)
+    assert not names(tmp_path)
+
+
+def test_a_folder_that_cannot_be_removed_is_named_and_whole(tmp_path, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    files.write_text(tmp_path / "checkpoint-1" / "a.txt", "a")
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(BunnyLoraError, match=r"remove .*checkpoint-1: Permission denied\. It is whole"):
+        files.remove(tmp_path / "checkpoint-1")
+    assert (tmp_path / "checkpoint-1" / "a.txt").is_file()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -100,6 +100,20 @@ class ReferenceScores(_Rounded):
     n_frames: int = Field(ge=1, description="how many training frames there are")
 
 
+class DriftScore(_Rounded):
+    """How far training moved images of prompts that name nobody."""
+
+    moved: Interval = Field(
+        description="1 minus the cosine between `base` and `final`, 0 to 2, lower is better"
+    )
+    between_seeds: float | None = Field(
+        description="the same between two images of `base` of one prompt; null where none has two"
+    )
+    ratio: Interval | None = Field(
+        description="`moved` over `between_seeds`, 0: nothing, 1: as much as another seed"
+    )
+
+
 class EvalSettings(_Part):
     """What must be equal for two evaluations to be comparable."""
 
@@ -108,6 +122,12 @@ class EvalSettings(_Part):
     prompts: list[str] = Field(description="prompts, with {name} where a character's name goes")
     neutral_prompts: list[str] = Field(description="the prompts that name nobody")
     num_images_per_prompt: int = Field(ge=1, description="images of each prompt, from 1")
+    other_prompts: list[str] = Field(
+        default_factory=list, description="prompts about other subjects; none in older files"
+    )
+    num_drift_images: int = Field(
+        1, ge=1, description="images, at least, of each kind of prompt that names nobody"
+    )
     seed: int = Field(ge=0, description="what the seeds of the images are derived from")
     resolution: int = Field(ge=1, description="width and height of the images in pixels")
     num_inference_steps: int = Field(ge=1, description="denoising steps of an image, from 1")
@@ -131,10 +151,12 @@ class RunInfo(_Part):
 
 
 class ImageScores(_Rounded):
-    """One generated image. Those of `-`, who is nobody, have no scores."""
+    """One generated image. Those that name nobody have no scores."""
 
     model: str = Field(description="`base`, `checkpoint-<step>` or `final`")
-    character: str = Field(description="who should be on it; `-` is nobody")
+    character: str = Field(
+        description="who should be on it; `-` is nobody, `-others` another subject, `-empty` anything"
+    )
     prompt_index: int = Field(ge=0, description="which prompt, from 0")
     prompt: str = Field(description="the prompt as it was drawn")
     seed: int = Field(ge=0, description="the image's seed, 32 bits; the same for every model")
@@ -147,6 +169,10 @@ class ImageScores(_Rounded):
         description="as in Measures, of this image",
     )
     nearest_frame: str | None = Field(None, description="file name of the nearest training frame")
+    read: dict[str, str] = Field(
+        default_factory=dict,
+        description="what the reader of traits took it for, of what it reads well: `ear: bent`",
+    )
 
 
 class TraitScore(_Rounded):
@@ -213,8 +239,12 @@ class EvalResult(_Part):
     )
     drift_ratio: Interval | None = Field(
         None,
-        description="drift over what another seed changes, 0: nothing, 1: as much as that; null of a"
-        " single image a prompt",
+        description="`drifts.templates.ratio`; null of a single image a prompt",
+    )
+    drifts: dict[str, DriftScore] = Field(
+        default_factory=dict,
+        description="drift of each kind of prompt: `templates` without the name, `others`: other"
+        " subjects, `empty`: the empty prompt; none in older files",
     )
     traits: TraitScores | None = Field(
         None, description="identity by traits; null where `evaluation.traits` names none"

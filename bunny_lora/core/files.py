@@ -87,11 +87,22 @@ def _is_about(folder: Path, error: OSError) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with all that is in it; a half-removed one is never seen under its name."""
-    prefix = f".{folder.name}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
-    folder.rename(temporary / ".gone")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Remove a folder with all that is in it; a half-removed one is never seen under its name.
+
+    It takes the name of a writer's temporary folder, for `recover`: on a full disk none could be made.
+
+    Raises:
+        BunnyLoraError: the system does not let it go.
+    """
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    try:
+        folder.rename(gone)
+    except OSError as error:
+        raise BunnyLoraError(
+            f"Could not remove {folder}: {error.strerror}. It is whole; see who may write in"
+            f" {folder.parent}, or remove it yourself, then run the same command again."
+        ) from error
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:

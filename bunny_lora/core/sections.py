@@ -191,10 +191,18 @@ class EvaluationSection(Section):
     """What is drawn of every character, before and after."""
     num_images_per_prompt: int = Field(2, ge=1)
     """Pictures a prompt and character, each from a seed of its own."""
+    num_drift_images: int = Field(16, ge=1)
+    """Pictures, at least, of each kind of prompt that names nobody: `prompts` without the name,
+    other_prompts, the empty one. What training changed in them is drift."""
+    other_prompts: Texts = Field(
+        ["a dog on a lawn", "a wooden house by a lake", "a bowl of fruit", "an old man, reading"]
+    )
+    """Other subjects, which training should leave as they are."""
     seed: int = Field(1000, ge=0)
     """Of the evaluation alone, apart from training's."""
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
     features: str = "palette"
-    """What measures similarity: palette (colours), bunny-world, or a CLIP model, folder or hub name."""
+    """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
+    CLIP, SigLIP), folder or hub name."""

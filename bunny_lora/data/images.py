@@ -64,6 +64,10 @@ MAX_SIDE_PX = 20_000
 MAX_ASPECT = 4  # A square crop of anything longer shows less than a quarter of the picture.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against decompression bombs.
 
+# The side of a square over that of the face in it.
+FACE_TO_HEAD = 2.5  # face, ears and shoulders: enough to tell whose face it is
+FACE_TO_BODY = 4.0  # a head, and most of a cartoon body with what it wears
+
 OUTSIDE = "outside the project and the run folder"
 HOW_TO_ALLOW = "copy it there, or set allow_outside_paths: true"
 MAX_SHOWN = 120  # Characters of a path in a reason.

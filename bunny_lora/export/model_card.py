@@ -20,12 +20,12 @@ from bunny_lora.core import eval_result
 from bunny_lora.core.eval_result import MEASURES, EvalResult
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
-from bunny_lora.dataset import Sample, read_samples
+from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.export.names import title_of
 from bunny_lora.model import adapters, components, kinds
-from bunny_lora.model.formats import LoRA
-from bunny_lora.prepare import reading
+from bunny_lora.model.formats import BASE_REVISION, LoRA
+from bunny_lora.prepare import read_split
 from bunny_lora.training.checkpoint import STATE
 from bunny_lora.training.handover import HANDOVER, read_handover
 
@@ -40,6 +40,7 @@ class About:
 
     title: str
     base_model: str
+    revision: str | None
     step: int | None
     config: Config | None
     characters: dict[str, int]
@@ -62,9 +63,11 @@ class About:
         samples = _samples(config)
         characters = Counter(n for sample in samples for n in sample.characters).most_common()
         first = next(iter(next(iter(lora.values())).values()))
+        name, revision = split_revision(base_model)
         return cls(
             title=title_of(weights, run, [name for name, _ in characters]),
-            base_model=split_revision(base_model)[0],
+            base_model=name,
+            revision=revision,
             step=_step(weights),
             config=config,
             characters=dict(characters),
@@ -110,7 +113,11 @@ class About:
             )
         if self.config:
             metadata |= _training_metadata(self.config)
-        known = {"ss_num_train_images": self.n_images, "ss_steps": self.step}
+        known = {
+            BASE_REVISION: self.revision,
+            "ss_num_train_images": self.n_images,
+            "ss_steps": self.step,
+        }
         metadata |= {name: value for name, value in known.items() if value is not None}
         return {name: str(value) for name, value in metadata.items()}
 
@@ -170,7 +177,7 @@ def _step(weights_dir: Path) -> int | None:
 
 def _samples(config: Config | None) -> list[Sample]:
     try:
-        return read_samples(config.data_path, **reading(config)) if config else []
+        return read_split(config)[0] if config else []
     except BunnyLoraError:
         return []  # the training data did not come along
 

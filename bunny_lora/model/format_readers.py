@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import torch
 
 from bunny_lora.core.values import with_revision
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import ldm
 from bunny_lora.model.adapter_files import CONFIG, adapter_parts, parsed, read_config, read_weights
 from bunny_lora.model.lora import KOHYA_PREFIXES, PARTS, WRAPPER, LoRA, Module
 from bunny_lora.model.other_kinds import family, other_kind
 from bunny_lora.model.targets import LAYERS
 from bunny_lora.model.tensor_files import checked, read_metadata, read_tensors
+
+# In a kohya file's header, whose own names know a model's file alone.
+BASE_REVISION = "base_model_revision"
 
 
 def read_lora(path: Path, models: Mapping[str, torch.nn.Module]) -> LoRA:
@@ -51,7 +56,8 @@ def recorded_base(path: Path) -> str | None:
         adapter = _adapter_metadata(path, metadata)
         part = next((p for p in PARTS if adapter.get(f"{p}.base_model_name_or_path")), "")
         name = metadata.get("ss_sd_model_name") or adapter.get(f"{part}.base_model_name_or_path")
-        return with_revision(str(name), adapter.get(f"{part}.revision")) if name else None
+        revision = metadata.get(BASE_REVISION) or adapter.get(f"{part}.revision")
+        return with_revision(str(name), revision) if name else None
     config = read_config(next(iter(adapter_parts(path).values())))
     name = config.base_model_name_or_path
     return with_revision(name, config.revision) if name else None
@@ -138,14 +144,7 @@ def _as_rank(name: str, rank: int) -> float:
 def _from_kohya(
     path: Path, state: Mapping[str, torch.Tensor], models: Mapping[str, torch.nn.Module]
 ) -> LoRA:
-    stems = {
-        prefix + wrapper + name.replace(".", "_"): (part, name)
-        for part, prefixes in KOHYA_PREFIXES.items()
-        for name, _ in models[part].named_modules()
-        for prefix in prefixes
-        for wrapper in (("", "text_model_") if part == "text_encoder" else ("",))
-    }
-    found: LoRA = {}
+    stems = _kohya_stems(models)
     unread = dict(state)
     wanted = dict.fromkeys(name.split(".", 1)[0] for name in state)
     if foreign := [stem for stem in wanted if stem not in stems]:
@@ -153,16 +152,50 @@ def _from_kohya(
             f"{path} was made for another base model than the one loaded{_size(state)}: that has no"
             f" {foreign[0]}, and {len(foreign) - 1} more of its {len(wanted)} layers are missing."
         )
+    found: LoRA = {}
+    alphas: dict[str, dict[str, float]] = {part: {} for part in models}
     for stem in wanted:
         part, name = stems[stem]
         try:
             down, up = unread.pop(f"{stem}.lora_down.weight"), unread.pop(f"{stem}.lora_up.weight")
         except KeyError as missing:
             raise BunnyLoraError(f"{path} is not plain LoRA: {missing} is missing.") from None
-        alpha = unread.pop(f"{stem}.alpha", torch.tensor(float(len(down))))
-        found.setdefault(part, {})[name] = Module(down, up, float(alpha))
+        if name in found.setdefault(part, {}):
+            raise BunnyLoraError(f"{path} holds {name} of the {part} twice, once as {stem}.")
+        found[part][name] = Module(down, up, float(len(down)))
+        if (alpha := unread.pop(f"{stem}.alpha", None)) is not None:
+            alphas[part][name] = float(alpha)
     _refuse_unread(path, unread)
-    return found
+    return {part: _with_alphas(path, part, layers, alphas[part]) for part, layers in found.items()}
+
+
+def _kohya_stems(models: Mapping[str, torch.nn.Module]) -> dict[str, tuple[str, str]]:
+    """Return parts and modules by the names that kohya's files have for them."""
+    names = {part: {name: name for name, _ in model.named_modules()} for part, model in models.items()}
+    # As trainers call them that know the UNet in the LDM layout.
+    names["unet"] = ldm.unet_layers(models["unet"]) | names["unet"]
+    return {
+        prefix + wrapper + written.replace(".", "_"): (part, name)
+        for part, prefixes in KOHYA_PREFIXES.items()
+        for written, name in names[part].items()
+        for prefix in prefixes
+        for wrapper in (("", "text_model_") if part == "text_encoder" else ("",))
+    }
+
+
+def _with_alphas(
+    path: Path, part: str, layers: Mapping[str, Module], alphas: Mapping[str, float]
+) -> dict[str, Module]:
+    """Give layers the strengths that are told; the others what diffusers takes: the most common one."""
+    if not alphas:
+        return dict(layers)
+    (usual, _), *_ = Counter(alphas.values()).most_common(1)
+    if lacking := len(layers) - len(alphas):
+        print(
+            f"{path.name} tells no alpha of {lacking} of its {len(layers)} layers of the {part}: they"
+            f" get the most common of the others, {usual:g}, as in diffusers; ComfyUI takes the rank."
+        )
+    return {n: Module(m.down, m.up, alphas.get(n, usual)) for n, m in layers.items()}
 
 
 # PEFT's names for the two matrices, diffusers' of several years, and its oldest, where they hung on the

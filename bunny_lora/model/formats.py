@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from bunny_lora.core import files
 from bunny_lora.core.values import split_revision
 from bunny_lora.model.adapter_files import CONFIG, LORA_FILE, WEIGHTS
-from bunny_lora.model.format_readers import read_lora, recorded_base
+from bunny_lora.model.format_readers import BASE_REVISION, read_lora, recorded_base
 from bunny_lora.model.lora import KOHYA_PREFIXES, PARTS, WRAPPER, LoRA, Module, combined
 
 __all__ = [
+    "BASE_REVISION",
     "DIFFUSERS_NAME",
     "PARTS",
     "LoRA",

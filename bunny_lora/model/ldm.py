@@ -115,17 +115,37 @@ def unet_name(name: str) -> str:
     Attention in the first block up is in BK-SDM-Tiny alone: it keeps its name, by which
     stable-diffusion.cpp knows it.
     """
+    return name if name.startswith("up_blocks.0.attentions.") else _numbered(name, 3)
+
+
+def unet_layers(unet: torch.nn.Module) -> dict[str, str]:
+    """Return names of the UNet's modules by the layout's, with blocks as long as they are.
+
+    So does diffusers count when it reads a LoRA; `unet_name` keeps the full model's numbers.
+    """
+    config: Any = unet.config
+    if not isinstance(config.layers_per_block, int):
+        return {}
+    names = [name for name, _ in unet.named_modules()]
+    found = {_numbered(f"{n}.", config.layers_per_block + 1).removesuffix("."): n for n in names}
+    if "up_blocks.0.attentions.0" in names:  # the change of size comes behind it, as in later blocks
+        behind = re.compile(r"(output_blocks\.\d\.)1(\.conv)")
+        found = {behind.sub(r"\g<1>2\2", written): name for written, name in found.items()}
+    return found
+
+
+def _numbered(name: str, n_places: int) -> str:
+    """Return the layout's name where each block has so many places, the change of size one of them."""
     if match := re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name):
         way, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
         blocks, first = ("input_blocks", 1) if way == "down" else ("output_blocks", 0)
         if kind == "resnets":
-            return f"{blocks}.{3 * block + layer + first}.0.{_renamed(rest, _RESNET)}"
+            return f"{blocks}.{n_places * block + layer + first}.0.{_renamed(rest, _RESNET)}"
         if kind == "attentions":
-            known = way == "down" or block > 0
-            return f"{blocks}.{3 * block + layer + first}.1.{rest}" if known else name
+            return f"{blocks}.{n_places * block + layer + first}.1.{rest}"
         if kind == "downsamplers":
-            return f"{blocks}.{3 * block + 3}.0.{rest.replace('conv', 'op')}"
-        return f"{blocks}.{3 * block + 2}.{1 if block == 0 else 2}.{rest}"
+            return f"{blocks}.{n_places * (block + 1)}.0.{rest.replace('conv', 'op')}"
+        return f"{blocks}.{n_places * (block + 1) - 1}.{1 if block == 0 else 2}.{rest}"
     if match := re.fullmatch(r"mid_block\.resnets\.(\d)\.(.+)", name):
         return f"middle_block.{2 * int(match[1])}.{_renamed(match[2], _RESNET)}"
     return _renamed(name.replace("mid_block.attentions.0.", "middle_block.1."), _UNET_OUTER)

@@ -42,10 +42,6 @@ _KINDS = (
     (r".*\.(diff|diff_b|w_norm|b_norm)$", "whole changes of weights (LyCORIS's full), not plain LoRA"),
     (r".*\.(dora_scale|lora_magnitude_vector)", "DoRA, whose magnitudes are more than plain LoRA"),
     (r".*\.lora_(B|up)\.bias$", "LoRA with a bias, more than plain LoRA"),
-    (
-        r"lora_unet_(input_blocks|middle_block|output_blocks)_",
-        "a LoRA that names blocks as the LDM layout and trainers of SDXL do, not as diffusers does",
-    ),
 )
 # How wide the text is that cross-attention reads.
 _FAMILIES = {

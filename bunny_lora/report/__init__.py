@@ -15,6 +15,7 @@ from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
 from bunny_lora.report.trait_scores import traits_chart, traits_table
+from bunny_lora.report.trait_sheet import trait_sheet
 
 __all__ = [
     "before_after_grid",
@@ -31,6 +32,7 @@ __all__ = [
     "save_figure",
     "scores_chart",
     "scores_table",
+    "trait_sheet",
     "traits_chart",
     "traits_table",
     "weak_spots_text",

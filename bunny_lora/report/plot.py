@@ -86,11 +86,16 @@ def show(axes: Axes, picture: Path | Image.Image) -> None:
     axes.set_yticks([])
     axes.spines[:].set_color("#DDDDDD")
     try:
-        image = Image.open(picture).convert("RGB") if isinstance(picture, Path) else picture
+        image = _opened(picture) if isinstance(picture, Path) else picture
     except (OSError, SyntaxError):
         axes.text(0.5, 0.5, "no picture", size=SMALL_PT, color=GREY, ha="center", va="center")
         return
     axes.imshow(ImageOps.contain(image, (512, 512)))
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def wrap(text: str, width: int, n_lines: int) -> str:

@@ -18,10 +18,10 @@ from bunny_lora.core import files, paths
 from bunny_lora.core.eval_result import MeanScores
 from bunny_lora.core.values import split_revision
 from bunny_lora.data.captions import count_tokens
-from bunny_lora.dataset import Sample, read_samples
+from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components
-from bunny_lora.prepare import reading
+from bunny_lora.prepare import read_split
 from bunny_lora.training import checkpoint
 
 HANDOVER = "handover.json"
@@ -175,6 +175,6 @@ def _known(run_dir: Path) -> Handover | None:
 
 def _samples(config: Config) -> list[Sample]:
     try:
-        return read_samples(config.data_path, **reading(config))
+        return read_split(config)[0]
     except BunnyLoraError:
         return []  # the training data did not come along

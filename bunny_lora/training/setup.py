@@ -13,6 +13,7 @@ from peft import PeftModel
 from bunny_lora import dataset
 from bunny_lora.config import Config
 from bunny_lora.core import paths, ranks
+from bunny_lora.data import shots
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, prompts, targets
@@ -20,7 +21,7 @@ from bunny_lora.model.components import Components
 from bunny_lora.model.fast import attention, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
-from bunny_lora.prepare import reading
+from bunny_lora.prepare import read_split
 from bunny_lora.training import checkpoint, class_images, fingerprint, memory, optim
 from bunny_lora.training.checkpoint import TrainingState
 from bunny_lora.training.distributed import ProcessGroup
@@ -92,7 +93,9 @@ def set_up(
             _say(prompts.doubts(config.training.validation_prompts, parts.tokenizer))
         pipe = components.pipeline_from(parts, config.base_model)
         first_weights = _start_from(parts, config) if group.is_main else {}
-        samples = dataset.read_samples(config.data_path, **reading(config))
+        samples, held_out = read_split(config)
+        if config.held_out:
+            print(shots.told(samples, held_out))
         images = _encode(parts, config, samples, config.data_path.parent, "training")
         for line in _idle(config, images):
             print(line)
