@@ -34,8 +34,8 @@ SMALL = (*CONFIGS, "tokenizer/*.json", "tokenizer/merges.txt")
 REQUIRED = (*CONFIGS, "tokenizer/*.json")
 # Of a model in transformers' layout: its configuration, processor, tokenizer; and its weights, whole or
 # in parts.
-TEXTS = ("config.json", "*processor_config.json", "token*.json", "special_tokens_map.json")
-TEXTS += ("vocab.*", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
+NAMES = ("config.json", "*processor_config.json", "token*.json", "special_tokens_map.json")
+TEXTS = (*NAMES, "vocab.*", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
 PARTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
