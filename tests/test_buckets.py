@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_frames, tiny_config
+from conftest import CHECKOUT, draw_frames, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from bunny_lora.config import Config, load_config
 from bunny_lora.core.files import write_json
 from bunny_lora.data.buckets import bucket_of
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
@@ -138,6 +139,34 @@ def test_characters_are_balanced_by_what_is_seen_of_them(data: Path) -> None:
     assert images.repeats(balance=False) == [1] * 4
     assert images.repeats(groups=[0, 0, 2, 3]) == [1, 1, 2, 6]
     assert images.repeats(zoom=True) == [2] * 4  # rex, half as often as ellie, is now in all of them
+
+
+def own_film(tiny_model: str) -> Config:
+    """What `params/cpu.yaml` sets, on a model of toy size."""
+    tiny = tiny_config(tiny_model, training={"mixed_precision": "no"}).model_dump(mode="json")
+    keys = ("base_model", "data_dir", "output_dir", "resolution")
+    training = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "validation_prompt": []}
+    overrides = {key: tiny[key] for key in keys} | {"training": training, "lora": {"rank": 2}}
+    return load_config(CHECKOUT / "params" / "cpu.yaml", overrides)
+
+
+def test_the_settings_for_a_film_of_ones_own_use_what_it_has(tiny_model: str, data: Path) -> None:
+    learner = setup.set_up(own_film(tiny_model)).learner
+    assert learner.images.buckets and [len(views) for views in learner.images.views] == [2, 1, 1, 1]
+    assert all(torch.isfinite(learner.loss(position)) for position in range(4))
+
+
+def test_what_they_find_nothing_to_work_on_is_said_and_does_no_harm(
+    tiny_model: str, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = draw_frames(project / "data" / "instance_images", 2)
+    (folder / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{path.name}", "text": "a bunny"}}\n' for path in folder.glob("*.png"))
+    )
+    LoRATrainer(config=own_film(tiny_model)).train()
+    said = capsys.readouterr().out
+    for key in ("zoom_on_faces", "balance_characters", "thin_duplicates", "caption_tag_dropout"):
+        assert f"{key} does nothing: " in said
 
 
 def test_a_run_in_buckets_goes_on_to_what_it_would_have_been(
