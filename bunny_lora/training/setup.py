@@ -153,6 +153,9 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
         ),
         "zoom_on_faces does nothing: no picture has one name and one face, or faces that face_encoder"
         " tied to names.": config.zoom_on_faces and not near,
+        "balance_characters does nothing: the data say of nobody who is in a picture.": (
+            config.balance_characters and not images.names
+        ),
         "mask_neighbours does nothing: no view from near is known to show somebody else.": (
             config.mask_neighbours and all(view.mask is None for view in views)
         ),
@@ -228,12 +231,15 @@ def _trained_parts(config: Config) -> tuple[str, ...]:
     return adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
 
 
-def image_dataset(config: Config, parts: Components, samples: list[Sample]) -> dataset.ImageDataset:
+def image_dataset(
+    config: Config, parts: Components, samples: list[Sample], *, is_training: bool = True
+) -> dataset.ImageDataset:
     """Return pictures as a run cuts them, whose captions fit the model's tokenizer."""
     return dataset.ImageDataset(
         samples,
         resolution=config.resolution,
         center_crop=config.center_crop,
+        aspect_buckets=config.aspect_buckets and is_training,
         tokenizer=parts.tokenizer,
     )
 
@@ -242,11 +248,12 @@ def encode(
     config: Config, parts: Components, samples: list[Sample], place: Path, stream: str
 ) -> EncodedImages:
     """Return pictures as a run learns from them; what is encoded is kept in the folder `place`."""
-    images = image_dataset(config, parts, samples)
-    if config.face_encoder is not None and stream == "training":
+    training, is_training = config.training, stream == "training"
+    images = image_dataset(config, parts, samples, is_training=is_training)
+    if config.face_encoder is not None and is_training:
         encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
         images.face_names = tie_faces(images, encoder)
-    training, is_training = config.training, stream == "training"
+    groups = _near_duplicates(images) if config.thin_duplicates and is_training else None
     return encode_dataset(
         parts.vae,
         images,
@@ -256,11 +263,25 @@ def encode(
         mask_neighbours=config.mask_neighbours,
         tag_dropout=training.caption_tag_dropout if is_training else 0.0,
         caption_dropout=training.caption_dropout if is_training else 0.0,
-        repeats=images.repeats(balance=config.balance_characters),
+        repeats=images.repeats(
+            balance=config.balance_characters, zoom=config.zoom_on_faces, groups=groups
+        ),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
         stream=stream,
     )
+
+
+def _near_duplicates(images: dataset.ImageDataset) -> list[int]:
+    groups = shots.near_duplicates([sample.path for sample in images.samples])
+    n_groups = len(set(groups))
+    print(
+        f"thin_duplicates: {len(groups)} pictures count as {n_groups}: neighbours that are nearly the"
+        " same share the weight of one"
+        if n_groups < len(groups)
+        else "thin_duplicates does nothing: no neighbours are nearly the same picture."
+    )
+    return groups
 
 
 def _class_data(
