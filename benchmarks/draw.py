@@ -94,7 +94,9 @@ def measure(base_model: str, resolution: int, repeats: int, root: Path) -> str:
     lora = write_lora(base_model, root / "lora")
     whole = measuring.take_turns(sides(base_model, lora, resolution), repeats, warm_up=False)
     parts = measuring.take_turns(pieces(base_model, lora, resolution), 2 * repeats + 1)
-    tables = [measuring.table(times, "each") for times in (whole, parts)]
+    denoising = {name: times for name, times in parts.items() if "steps" in name}
+    decoding = {name: times for name, times in parts.items() if name not in denoising}
+    tables = [measuring.table(times, "each") for times in (whole, denoising, decoding)]
     facts = [
         f"{base_model} at {resolution} px, float32, guidance (two images a call), LoRA of rank 8 on"
         " attention, prompt to PNG",
