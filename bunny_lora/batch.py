@@ -95,9 +95,9 @@ def draw_batch(
     Raises:
         BunnyLoraError: a setting is out of range.
     """
-    defaults = inference.default_settings(pipe) | settings
+    settings = inference.settings_with(pipe, **settings)
     images = {
-        out_dir / f"{index:04d}-{seed}.png": image_settings(prompt=prompt, seed=seed, **defaults)
+        out_dir / f"{index:04d}-{seed}.png": image_settings(prompt=prompt, seed=seed, **settings)
         for index, prompt in enumerate(prompts)
         for seed in seeds
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
-from bunny_lora.config import json_schema
+from bunny_lora.config import Config, json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import new, relative, typed, typed_or_name
@@ -23,6 +23,9 @@ from bunny_lora.world.cli import add_world
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+
+AS_TRAINED = ("lora_scale", 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,21 +86,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = _with_config(commands.add_parser("plan", help="what a run will take, by a little of it"))
+    plan.add_argument("--hours", type=float, help="those that there are: more is no-go")
+    plan.set_defaults(run=_plan)
+
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
+
+    choose = _with_config(
+        commands.add_parser("choose", help="choose a run's checkpoint, LoRA scale and guidance")
+    )
+    choose.add_argument("run_dir", nargs="?", type=typed, help="the run's folder; default: output_dir")
+    choose.set_defaults(run=_choose)
 
     config = _with_config(commands.add_parser("config", help="print the configuration, key by key"))
     config.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of the file instead"
     )
     config.set_defaults(run=_config)
-    download = _with_config(commands.add_parser("download", help="fetch a base model from the hub"))
+    download = _with_config(commands.add_parser("download", help="fetch models from the hub"))
     download.add_argument(
         "model",
         nargs="?",
         type=typed_or_name,
-        help="owner/name, or owner/name@revision; default: base_model",
+        help="owner/name, or owner/name@revision; default: all that the configuration names",
     )
     download.set_defaults(run=_download)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
@@ -150,6 +163,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--width", type=int, help="pixels; default: the run's, or the model's own")
     parser.add_argument("--height", type=int)
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--sampler", help="as in sampling.sampler; default: the run's, or the model's own")
+    way.add_argument(
+        "--reference",
+        action="store_true",
+        help="to the bit what diffusers and peft alone draw, which is slower",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     parser.set_defaults(run=_generate)
 
@@ -190,6 +210,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
     config = open_config(options.config, settings=options.set, source=options.source)
     print(report.dropped_text(prepare_data(config, overwrite=options.overwrite)))
+    print(report.weak_spots_text(config))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -199,15 +220,35 @@ def _train(options: argparse.Namespace) -> None:
     LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from bunny_lora.trainer import LoRATrainer
+
+    plan = LoRATrainer(config=open_config(options.config, settings=options.set)).plan()
+    print(plan)
+    if refusals := plan.refusals(options.hours):
+        raise BunnyLoraError(f"no-go: the run would take {'; '.join(refusals)}.")
+    print(f"{'go':<15}bunny-lora train, with the same options")
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from bunny_lora import report
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
     result = evaluate(config.run_dir, config=config)
-    print(report.scores_table(result))
+    print(f"{report.axes_table(result)}\n\n{report.scores_table(result)}")
     if result.traits:
         print(f"\n{report.traits_table(result)}")
+
+
+def _choose(options: argparse.Namespace) -> None:
+    from bunny_lora import report
+    from bunny_lora.evaluation import choose
+
+    of_run = options.run_dir and options.config is None
+    path = options.run_dir / "config.yaml" if of_run else options.config
+    config = open_config(path, settings=options.set, output_dir=options.run_dir)
+    print(report.choice_table(choose(config.run_dir, config=config)))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -220,13 +261,26 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _download(options: argparse.Namespace) -> None:
-    from bunny_lora.model import components, hub
+    from bunny_lora.model import components, hub, image_encoder
 
-    name = options.model or open_config(options.config, settings=options.set).base_model
-    if folder := components.folder_here(name):
-        print(f"{name} needs no download: {relative(Path(folder))}")
-    else:
-        print(hub.download(name))
+    names = (
+        [options.model]
+        if options.model
+        else models_of(open_config(options.config, settings=options.set))
+    )
+    for name in names:
+        if folder := components.folder_here(name) or image_encoder.folder_here(name):
+            print(f"{name} needs no download: {relative(Path(folder))}")
+        else:
+            print(hub.fetch(name))
+
+
+def models_of(config: Config) -> list[str]:
+    """Return every model that a configuration names: of the base, and what looks at pictures."""
+    evaluation = config.evaluation
+    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
+    named = [name for name in encoders if name and name != "palette"]
+    return list(dict.fromkeys([config.base_model, *named]))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -248,9 +302,11 @@ def _generate(options: argparse.Namespace) -> None:
         "width": options.width,
         "height": options.height,
         "lora_scale": options.lora_scale,
+        "sampler": options.sampler,
+        "reference": options.reference or None,
     }
     settings = {key: value for key, value in typed_settings.items() if value is not None}
-    print(_recommendation(pipe, settings), end="")
+    print(_recommendation(pipe, settings, inference.settings_with(pipe, **settings)), end="")
     for doubt in doubts([*prompts, options.negative_prompt or ""], pipe.tokenizer):
         print(doubt)
     if options.prompts:
@@ -267,7 +323,9 @@ def _generate(options: argparse.Namespace) -> None:
     print("\n".join(relative(path) for path in paths))
 
 
-def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any]) -> str:
+def _recommendation(
+    pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any], drawn_with: Mapping[str, Any]
+) -> str:
     """Return the line that says what a run's own recommendation decides; "" where nothing does."""
     said = {
         "num_inference_steps": "{} steps",
@@ -275,12 +333,14 @@ def _recommendation(pipe: StableDiffusionPipeline, typed_settings: Mapping[str, 
         "width": "{} px wide",
         "height": "{} px high",
         "sampler": "{}",
+        "lora_scale": "LoRA scale {}",
     }
-    recommended = pipe.recommended.model_dump() if pipe.recommended else {}
+    recommended = pipe.recommended.settings() if pipe.recommended else {}
     parts = [
         text.format(recommended[key])
         for key, text in said.items()
-        if key in recommended and key not in typed_settings
+        if key not in typed_settings and recommended.get(key) == drawn_with[key]
+        if (key, recommended[key]) != AS_TRAINED
     ]
     return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
 

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from bunny_lora.core import paths, schema
 from bunny_lora.core.explain import explain
@@ -76,15 +77,23 @@ class Config(Section):
     """Pixels a side; best what the base model was taught at."""
     center_crop: bool = True
     """Train on the middle square; false: on squares from all over the picture, with its faces."""
+    aspect_buckets: bool = False
+    """Train on whole pictures instead, of any shape: resized to about the area of the resolution's
+    square, each batch of one size. center_crop then says nothing."""
     random_flip: bool = False
     """Show pictures mirrored as often as not; wrong for characters whose sides differ."""
     zoom_on_faces: bool = False
     """A picture of one character whose face was found is shown from near as often as whole."""
     face_encoder: str | None = None
-    """What ties faces to names: bunny-world, or a CLIP model, folder or hub name. zoom_on_faces then
-    shows all who are named in a picture, and captions name only whose face is seen. null: nothing."""
+    """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
+    zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
+    evaluation compares with the right faces. null: nothing; evaluation then goes by its features."""
+    mask_neighbours: bool = False
+    """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
+    thin_duplicates: bool = False
+    """Neighbouring pictures that are nearly the same share the weight of one."""
     held_out: float = Field(0.0, ge=0, le=0.5)
     """How much of each character, in whole shots, training does not see, so that `choose` can tell
     learning from learning by heart. 0: nothing."""
@@ -211,11 +220,8 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
     Raises:
         BunnyLoraError: one line for every wrong key and value.
     """
+    section = _without_empty(section, Config.model_fields)
     fields = schema.fields(Config)
-    empty = {
-        key for key in section if section[key] is None and key in fields and is_section(fields[key])
-    }
-    section = {key: value for key, value in section.items() if key not in empty}
     try:
         config = Config.model_validate(section)
     except ValidationError as error:
@@ -224,6 +230,18 @@ def validate(section: Mapping[str, Any], where: str = "the configuration") -> Co
         raise BunnyLoraError(f"{where}: {count} in `finetuning:`\n" + "\n".join(lines)) from None
     config._user_settings = section
     return config
+
+
+def _without_empty(section: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """Return a section without those in it that have every key commented out."""
+    found = {}
+    for key, value in section.items():
+        is_inner = key in fields and is_section(fields[key])
+        if is_inner and isinstance(value, Mapping):
+            value = _without_empty(value, fields[key].annotation.model_fields)  # type: ignore[union-attr]
+        if value is not None or not is_inner:
+            found[key] = value
+    return found
 
 
 def set_key(overrides: dict[str, Any], dotted: str, value: Any) -> None:

@@ -15,10 +15,11 @@ from bunny_lora.core import paths
 from bunny_lora.core.image_file import image_settings, save_image
 from bunny_lora.core.values import with_revision
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats
+from bunny_lora.model import adapters, components, devices, formats, samplers
 from bunny_lora.training.handover import (
     HANDOVER,
     Recommended,
+    chosen_weights,
     read_handover,
     recommended_by,
     recorded_precision,
@@ -37,6 +38,7 @@ __all__ = [
     "save_image",
 ]
 
+REFERENCE_STEPS = 50
 ON_THE_HUB = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(@.+)?")
 
 
@@ -51,7 +53,7 @@ def load_lora_pipeline(
     Args:
         base_model: folder, hub repository or random model; None reads it from the run that the weights
             belong to.
-        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (its `final`), or a
+        lora_weights_dir: `…/final` or `…/checkpoint-<step>`, a run folder (see `handed_on`), or a
             `.safetensors` file of diffusers or kohya; several as `{path: weight}`; None loads no LoRA.
         device: "cpu", "cuda" or "auto".
         dtype: precision of the base weights; None is the run's own, float32 without a run.
@@ -75,6 +77,8 @@ def load_lora_pipeline(
             adapters.attach_modules(models[part], modules)
     pipe = components.pipeline_from(parts, base_model)
     pipe.recommended = recommended(first)
+    if pipe.recommended and len(found) > 1:  # each has its own weight already
+        pipe.recommended = pipe.recommended.model_copy(update={"lora_scale": 1.0})
     return pipe
 
 
@@ -86,13 +90,20 @@ def find_loras(named: Iterable[tuple[str | Path, float]]) -> dict[Path, float]:
     """
     found: dict[Path, float] = {}
     for name, weight in named:
-        path = adapters.find_weights(name)
+        path = adapters.find_weights(handed_on(name))
         if path.resolve() in {known.resolve() for known in found}:
             raise BunnyLoraError(
                 f"The LoRA in {path} is named twice; name it once, with the sum of the weights."
             )
         found[path] = weight
     return found
+
+
+def handed_on(name: str | Path) -> str | Path:
+    """Return the weights that a run's folder stands for: those that were chosen; else the same name."""
+    folder = paths.expanded(name) if paths.expanded(name).exists() else paths.resolve(name)
+    is_run = (folder / HANDOVER).is_file() and (folder / "final").is_dir()
+    return chosen_weights(folder) if is_run else name
 
 
 def load_run(run_dir: str | Path, device: str = "cpu") -> StableDiffusionPipeline:
@@ -202,6 +213,8 @@ def generate_image(
     width: int | None = None,
     height: int | None = None,
     lora_scale: float | None = None,
+    sampler: str | None = None,
+    reference: bool = False,
 ) -> Image.Image:
     """Draw one image; its `info` carries prompt, seed and settings, and `save_image` keeps them.
 
@@ -219,9 +232,11 @@ def generate_image(
         width: pixels, a multiple of 8; else the model's own size.
         height: likewise.
         lora_scale: strength of the adapter, 0 (the base model) to 1 (as trained) and beyond; else 1.
+        sampler: as in `sampling.sampler` of a configuration; else the model's own.
+        reference: draw to the bit what diffusers and peft alone draw, with the model's own sampler.
 
     Raises:
-        BunnyLoraError: a setting is out of range.
+        BunnyLoraError: a setting is out of range, or unknown.
     """
     given = {
         "num_inference_steps": num_inference_steps,
@@ -229,12 +244,39 @@ def generate_image(
         "width": width,
         "height": height,
         "lora_scale": lora_scale,
+        "sampler": sampler,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
-    settings = image_settings(
-        **default_settings(pipe) | overrides, prompt=prompt, seed=seed, negative_prompt=negative_prompt
+    settings = settings_with(pipe, reference=reference, **overrides)
+    return components.generate(
+        pipe, image_settings(**settings, prompt=prompt, seed=seed, negative_prompt=negative_prompt)
     )
-    return components.generate(pipe, settings)
+
+
+def settings_with(
+    pipe: StableDiffusionPipeline, *, reference: bool = False, **overrides: Any
+) -> dict[str, Any]:
+    """Return a pipeline's `default_settings` with those that are named, and which path draws.
+
+    The reference has the model's own sampler, and diffusers' usual 50 steps where others are
+    recommended for another sampler.
+
+    Raises:
+        BunnyLoraError: the reference is to be drawn with another sampler.
+    """
+    own, settings = type(pipe.scheduler).__name__, default_settings(pipe)
+    if (named := overrides.get("sampler")) is not None:
+        overrides["sampler"] = own if named == samplers.OWN else samplers.recorded(named)
+    if not reference:
+        return settings | overrides
+    if overrides.setdefault("sampler", own) != own:
+        raise BunnyLoraError(
+            f"The reference is drawn with the model's own sampler, {own}: leave out {named}, or the"
+            " reference."
+        )
+    if settings["sampler"] != own:
+        overrides.setdefault("num_inference_steps", REFERENCE_STEPS)
+    return settings | overrides | {"path": "reference"}
 
 
 def default_settings(pipe: StableDiffusionPipeline) -> dict[str, Any]:
@@ -248,7 +290,7 @@ def default_settings(pipe: StableDiffusionPipeline) -> dict[str, Any]:
         height=native,
         sampler=type(pipe.scheduler).__name__,
     )
-    return (getattr(pipe, "recommended", None) or usual).model_dump()
+    return (getattr(pipe, "recommended", None) or usual).settings()
 
 
 def generate_images(

@@ -11,9 +11,10 @@ from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths, ranks
 from bunny_lora.core.files import is_inside
-from bunny_lora.data import frames, shots, writing
+from bunny_lora.data import frames, shots, weak_spots, writing
 from bunny_lora.data.folder import CAPTION_NOT_READ, READ
 from bunny_lora.data.summary import describe, remarks
+from bunny_lora.data.weak_spots import WeakSpot
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components
 
@@ -80,6 +81,21 @@ def check_as_it_is(config: Config) -> list[str]:
     about = dataset.describe_as_it_is(config.data_path, tokenizer, **reading(config))
     _refuse_captionless(about, config, config.data_path)
     return remarks(about)
+
+
+def find_weak_spots(config: Config) -> list[WeakSpot]:
+    """Return what a run would learn badly of the data in `data_dir`, the gravest first.
+
+    Raises:
+        BunnyLoraError: they cannot be read.
+    """
+    tokenizer = components.load_tokenizer(config.base_model)
+    samples = dataset.read_samples(config.data_path, **reading(config))
+    samples = [writing.fitted(sample, tokenizer) for sample in samples]
+    pictures = [sample.path for sample in samples]
+    shot, group = shots.shots(pictures), shots.near_duplicates(pictures)
+    facts = weak_spots.Facts(samples, config, tokenizer, shot, group)
+    return weak_spots.find_weak_spots(facts)
 
 
 def source_changed(config: Config) -> bool:

@@ -90,5 +90,6 @@ def tiny_config(base_model: str, **overrides: object) -> Config:
             "mixed_precision": "no",
         },
         "sampling": {"num_inference_steps": 2},
+        "evaluation": {"num_drift_images": 1, "other_prompts": "a dog"},
     }
     return validate(merge(tiny, overrides))

@@ -51,7 +51,8 @@ def test_a_picture_is_the_one_that_plain_diffusers_draws(
     settings |= {"negative_prompt": "blurry"}
     pipe = components.pipeline_from(parts, tiny_model)
     ours = components.generate(
-        pipe, image_settings(prompt="rex", seed=5, sampler="PNDMScheduler", **settings)
+        pipe,
+        image_settings(prompt="rex", seed=5, sampler="PNDMScheduler", path="reference", **settings),
     )
     plain = StableDiffusionPipeline.from_pretrained(tiny_model)
     generator = torch.Generator("cpu").manual_seed(5)

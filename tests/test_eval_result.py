@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from test_scores import make_result
 
 from bunny_lora import report
-from bunny_lora.core import eval_result, files
+from bunny_lora.core import choice, eval_result, files
 from bunny_lora.core.eval_result import EvalResult, Intervals
 from bunny_lora.errors import BunnyLoraError
 
@@ -26,12 +26,17 @@ PARTS = (
     eval_result.ScoreTable,
     Intervals,
     eval_result.Interval,
+    eval_result.DriftScore,
     eval_result.TraitScores,
     eval_result.TraitScore,
+    eval_result.IdentityScores,
+    eval_result.Anchors,
+    eval_result.Axis,
     eval_result.ReferenceScores,
     eval_result.ImageScores,
     eval_result.RunInfo,
 )
+CHOICE_PARTS = (choice.Choice, choice.CheckpointLoss, choice.Candidate)
 
 
 def written(tmp_path: Path, data: object) -> Path:
@@ -122,7 +127,7 @@ def named(annotation: object) -> str:
 
 def tables() -> Iterator[str]:
     """The tables of docs/eval.md, one a model."""
-    for part in PARTS:
+    for part in (*PARTS, *CHOICE_PARTS):
         yield f"## {part.__name__}\n\n{inspect.getdoc(part)}\n\n| key | type | |\n|---|---|---|\n"
         for name, field in part.model_fields.items():
             yield f"| `{name}` | {named(field.annotation)} | {field.description} |\n"

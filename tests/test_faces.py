@@ -1,5 +1,6 @@
 """Faces tied to names, and what a view from near shows and is called."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,13 @@ from conftest import draw_frames, open_image, tiny_config
 from PIL import Image
 
 from bunny_lora.core.files import write_json
-from bunny_lora.data.captions import near_caption
+from bunny_lora.data.captions import name_only, near_caption
 from bunny_lora.data.frames import Sample
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.image_encoder import FeatureExtractor
-from bunny_lora.training import faces, latents, setup
+from bunny_lora.training import faces, latents, masks, setup
 
 FURS = {"ellie": "red", "rex": "lime", "phil": "blue", "nobody": "yellow", "grey": "#808080"}
 PLACES = [(10, 20, 18, 28), (44, 20, 52, 28), (78, 20, 86, 28)]  # far enough apart for crops of one
@@ -133,6 +134,64 @@ def test_a_view_from_near_is_called_what_it_shows(caption: str, near: str) -> No
     assert near_caption(caption, "ellie", ["rex"]) == near
 
 
+@pytest.mark.parametrize(
+    "caption, n_faces, ellie, rex",
+    [
+        ("ellie and rex, animated characters, a bunny in a bow waving, a red fox sitting, snow", 2,
+         "ellie, animated character, a bunny in a bow waving, snow",
+         "rex, animated character, a red fox sitting, snow"),
+        ("rex and ellie, a fox, a bunny, snow", 2, "ellie, a bunny, snow", "rex, a fox, snow"),
+        ("ellie, a bunny waving, a cream cat sitting, snow", 2, "ellie, a bunny waving, snow", None),
+        ("ellie and rex, a bunny, a fox, a cream cat sitting", 3, "ellie, a bunny", "rex, a fox"),
+        ("ellie, a bunny, a heart on the chest", 1, "ellie, a bunny, a heart on the chest", None),
+        ("ellie and rex, a bunny with a bow, snow", 2, "ellie, a bunny with a bow, snow",
+         "rex, a bunny with a bow, snow"),
+        ("ellie and rex, huge grey bunny smiling up at rex from the grass, flowers", 1,
+         "ellie, huge grey bunny smiling up, flowers",
+         "rex, huge grey bunny smiling up at rex from the grass, flowers"),
+        ("ellie and rex, fat bunny on his side while rex flies past, watching rex fly", 1,
+         "ellie, fat bunny on his side", None),
+    ],
+)  # fmt: skip
+def test_a_view_from_near_keeps_the_looks_of_the_one_it_shows(
+    caption: str, n_faces: int, ellie: str, rex: str | None
+) -> None:
+    assert near_caption(caption, "ellie", ["rex"], n_faces=n_faces) == ellie
+    if rex is not None:
+        assert near_caption(caption, "rex", ["ellie"], n_faces=n_faces) == rex
+
+
+def test_a_square_that_shows_some_has_the_looks_of_the_others_taken_out() -> None:
+    caption = "ellie and rex, a bunny waving, a fox sitting, snow"
+    assert name_only(caption, ["ellie", "phil"], ["rex"], 2) == "ellie, a bunny waving, snow"
+    assert name_only(f"{caption}, a cat", ["ellie"], ["rex"], 3) == "ellie, a bunny waving, snow, a cat"
+
+
+def test_a_face_that_fills_the_picture_makes_a_portrait(tmp_path: Path, alone: list[Sample]) -> None:
+    large = replace(frame(tmp_path / "frames", "ellie", "ellie"), faces=((20.0, 10.0, 50.0, 40.0),))
+    images = dataset([*alone, large])
+    images.face_names = faces.tie_faces(images, COLOURS)
+    assert images.zoomed_caption(0, 0) == "ellie, medium shot"
+    assert images.zoomed_caption(4, 0) == "ellie, portrait"
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_neighbours_in_a_view_from_near_are_masked(tmp_path: Path, mirrored: bool) -> None:
+    """The view is 32 x 32 around the first face; the other's body is at its right edge."""
+    sample = frame(tmp_path / "frames", "ellie rex", "ellie rex")
+    sample = replace(sample, faces=((30.0, 10.0, 38.0, 18.0), (52.0, 10.0, 60.0, 18.0)))
+    images = ImageDataset([sample], resolution=64, center_crop=False)
+    images.face_names = [("ellie", "rex")]
+    mask = latents._own_part(latents.View(0, True, mirrored), images)
+    assert mask is not None and mask.shape == (8, 8)
+    masked = mask.flip(-1) == 0 if mirrored else mask == 0
+    assert masked.any(0).tolist() == [False] * 7 + [True]  # 52 - 6 px is 28 of 32 px into the view
+    assert masked[:, 7].tolist() == [False] + [True] * 7
+    assert masks.own_part(images, 0, 1) is not None
+    images.samples = [replace(sample, faces=(sample.faces[0],))]
+    assert masks.own_part(images, 0, 0) is None
+
+
 @pytest.fixture
 def data(project: Path) -> Path:
     """Five frames of which the last names two, whose faces are as those of the first two."""
@@ -175,9 +234,9 @@ def test_a_square_names_nobody_whose_face_it_cuts_off(tiny_model: str, data: Pat
     config = tiny_config(tiny_model, face_encoder="bunny-world", center_crop=False)
     images = setup.set_up(config).learner.images
     assert images.view_captions == []
-    captions = {images._draw(0, position, 4, 1000)[3] for position in range(40)}
+    captions = {images._draw(0, position, 4, 1000).captions[0] for position in range(40)}
     assert captions == {"ellie, wide shot", "rex, wide shot"}
-    assert {images._draw(0, position, 2, 1000)[3] for position in range(5)} == {
+    assert {images._draw(0, position, 2, 1000).captions[0] for position in range(5)} == {
         "ellie and rex, wide shot"
     }
 
@@ -199,6 +258,28 @@ def test_the_middle_square_names_nobody_who_was_cut_off(tiny_model: str, data: P
     images = setup.set_up(config).learner.images
     called = ["rex, wide shot", "ellie, wide shot", None, None, "wide shot"]
     assert [views[0].caption for views in images.views] == called
+
+
+def test_what_is_masked_counts_for_nothing_in_the_loss(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options: dict = {"zoom_on_faces": True, "mask_neighbours": True, "center_crop": False}
+    config = tiny_config(tiny_model, face_encoder="bunny-world", **options)
+    learner = setup.set_up(config).learner
+    assert "mask_neighbours does nothing: no view from near is known" in capsys.readouterr().out
+    plain = learner.loss(0)
+    views = learner.images.views
+    half = torch.ones(4, 4).index_fill(1, torch.tensor([0, 1]), 0.0)
+    losses = []
+    for mask in (half, 1 - half):
+        masked = [[replace(view, mask=mask) for view in of_one] for of_one in views]
+        learner.images = replace(learner.images, views=masked)
+        losses.append(learner.loss(0))
+    assert losses[0] != losses[1]
+    torch.testing.assert_close((losses[0] + losses[1]) / 2, plain)
+    batch = learner.images.batch(0, 0, 1, 1000)
+    joined = latents.Batch.joined([batch, replace(batch, mask=None)])
+    assert joined.mask is not None and joined.mask[1].all() and joined.mask.shape == (2, 1, 4, 4)
 
 
 def test_an_unknown_encoder_is_refused(tiny_model: str, data: Path) -> None:

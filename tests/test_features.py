@@ -2,7 +2,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import features, metrics, palette
@@ -79,28 +94,26 @@ def test_no_images_and_unknown_names_are_refused(tmp_path):
         features.load_feature_extractor("palette")([])
     with pytest.raises(BunnyLoraError, match="choose palette"):
         features.load_feature_extractor("pallette")
-    with pytest.raises(BunnyLoraError, match="as CLIP"):
+    with pytest.raises(BunnyLoraError, match=r"Could not load evaluation.features"):
         features.load_feature_extractor(str(tmp_path))
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {**SMALL, "image_size": 32, "patch_size": 8}
+SIDE = {"height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     config = CLIPConfig(
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        text_config={**small, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config=VISION,
+        text_config={**SMALL, "vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1},
         projection_dim=12,
     )
     torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
-    side = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE).save_pretrained(folder)
     return folder
 
 
@@ -123,3 +136,50 @@ def test_clip_gives_the_projected_embedding_of_the_model(tiny_clip):
         seen = model.visual_projection(model.vision_model(pixels["pixel_values"]).pooler_output)
     assert rows.shape == (2, 12)
     assert torch.allclose(rows, torch.nn.functional.normalize(seen, dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model, processor, pooled",
+    [
+        (
+            Dinov2Model(Dinov2Config(**VISION)),
+            BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE),
+            lambda output: output.last_hidden_state[:, 0],
+        ),
+        (
+            SiglipVisionModel(SiglipVisionConfig(**VISION)),
+            SiglipImageProcessorPil(size=SIDE),
+            lambda output: output.pooler_output,
+        ),
+        (  # Published without its pooling layer: what stands in for that is random and not looked at.
+            ViTModel(ViTConfig(**VISION), add_pooling_layer=False),
+            ViTImageProcessorPil(size=SIDE),
+            lambda output: output.last_hidden_state[:, 0],
+        ),
+    ],
+    ids=["dinov2", "siglip", "vit"],
+)
+def test_any_image_encoder_is_loaded_with_its_own_processor(model, processor, pooled, tmp_path):
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images = [cartoon("#cc3333", size=(120, 80)), cartoon("#3366cc", size=(50, 90))]
+    rows = features.load_feature_extractor(str(tmp_path))(images)
+    with torch.inference_mode():
+        seen = pooled(model(processor(images=images, return_tensors="pt")["pixel_values"]))
+    assert rows.shape == (2, 16)
+    assert torch.allclose(rows, torch.nn.functional.normalize(seen, dim=1), atol=1e-6)
+
+
+def test_what_is_no_image_encoder_is_called_by_its_name(tmp_path):
+    BertModel(BertConfig(**SMALL, vocab_size=9)).save_pretrained(tmp_path / "text")
+    with pytest.raises(BunnyLoraError, match=r"is no image encoder: it is a Bert model. It takes an"):
+        features.load_feature_extractor(str(tmp_path / "text"))
+    torch.save({}, tmp_path / "text" / "pytorch_model.bin")
+    Dinov2Config(**VISION).save_pretrained(tmp_path / "text")
+    (tmp_path / "text" / "model.safetensors").unlink()
+    with pytest.raises(BunnyLoraError, match=r"no file named model.safetensors"):
+        features.load_feature_extractor(str(tmp_path / "text"))
+    ViTModel(ViTConfig(**VISION)).save_pretrained(tmp_path / "half")
+    Dinov2Config(**VISION).save_pretrained(tmp_path / "half")
+    with pytest.raises(BunnyLoraError, match=r"its weights lack .* layers"):
+        features.load_feature_extractor(str(tmp_path / "half"))

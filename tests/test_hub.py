@@ -17,6 +17,7 @@ from conftest import CHECKOUT, draw_frames, tiny_config
 from hub_server import COMMIT, Hub, serving
 from huggingface_hub import close_session, constants
 from safetensors.torch import load_file, save_file
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from bunny_lora.cli import main
 from bunny_lora.config import Config
@@ -244,3 +245,32 @@ def test_without_a_home_folder_nothing_is_fetched_into_a_folder_called_tilde(
     assert main(["download", "owner/name"]) == 2
     assert "no home folder" in (said := capsys.readouterr().err) and "HF_HOME" in said
     assert not list(project.glob("~*"))
+
+
+def test_an_image_encoder_is_fetched_without_its_pickles_and_then_needs_no_hub(
+    project: Path, tmp_path: Path
+) -> None:
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    Dinov2Model(Dinov2Config(**tiny)).save_pretrained(tmp_path)
+    BitImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    load = (
+        "import sys; from PIL import Image; from bunny_lora import errors\n"
+        "from bunny_lora.evaluation.features import load_feature_extractor as load\n"
+        "try: print(load('somebody/tiny@main')([Image.new('RGB', (9, 9))]).shape)\n"
+        "except errors.BunnyLoraError as error: exit(str(error))"
+    )
+    with serving(Hub(tmp_path)) as hub:
+        refused = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
+        fetched = bunny(hub, project, "-m", "bunny_lora", "download", "somebody/tiny@main")
+        loaded = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "Could not load evaluation.features somebody/tiny@main" in refused.stderr
+    assert "With no download, evaluation.features takes palette and bunny-world." in refused.stderr
+    assert "3 of its 4 files" in fetched.stdout, fetched.stderr
+    assert not [path for path in hub.fetched if path.endswith(".bin")]
+    assert "torch.Size([1, 16])" in loaded.stdout, loaded.stderr
+    (tmp_path / "model.safetensors").unlink()
+    with serving(Hub(tmp_path, name="some/pickles")) as hub:
+        pickled = bunny(hub, project, "-c", load.replace("somebody/tiny@main", "some/pickles"))
+    assert "some/pickles has no model.safetensors" in pickled.stderr
+    assert "some/pickles@refs/pr/ and its number" in pickled.stderr

@@ -2,20 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from test_adapters import attached, shake
 
 from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core import files
-from bunny_lora.core.image_file import read_metadata
+from bunny_lora.core.image_file import image_settings, read_metadata
+from bunny_lora.core.sections import Sampler
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, formats
+from bunny_lora.model import adapters, components, formats, samplers
+from bunny_lora.model.fast import drawing
+from bunny_lora.training.handover import Recommended
 
 FAST = {"num_inference_steps": 2, "width": 64, "height": 64}
 
@@ -41,7 +47,7 @@ def pipe(run_dir: Path) -> StableDiffusionPipeline:
 def test_diffusers_and_peft_alone_draw_the_same_picture(
     pipe: StableDiffusionPipeline, run_dir: Path, tiny_model: str
 ) -> None:
-    ours = inference.generate_image(pipe, "ellie", seed=11, **FAST)
+    ours = inference.generate_image(pipe, "ellie", seed=11, reference=True, **FAST)
     plain = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     plain.unet = PeftModel.from_pretrained(plain.unet, run_dir / "final" / "unet")
     plain.text_encoder = PeftModel.from_pretrained(
@@ -50,6 +56,68 @@ def test_diffusers_and_peft_alone_draw_the_same_picture(
     generator = torch.Generator("cpu").manual_seed(11)
     theirs = plain("ellie", generator=generator, guidance_scale=7.5, **FAST).images[0]
     assert ours.tobytes() == theirs.tobytes()
+
+
+def mean_difference(a: Image.Image, b: Image.Image) -> float:
+    """Of the values of two images, of 255."""
+    first, second = (torch.tensor(list(image.tobytes())).float() for image in (a, b))
+    return float((first - second).abs().mean())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_fast_path_draws_the_same_picture_and_leaves_nothing_behind(
+    pipe: StableDiffusionPipeline, scale: float
+) -> None:
+    models = (pipe.unet, pipe.text_encoder, pipe.vae)
+
+    def state() -> list:
+        return [(n, t.clone(), t.stride()) for m in models for n, t in m.state_dict().items()]
+
+    before, reference = state(), None
+    for sampler in ("own", "dpm++-2m-karras"):
+        fast = inference.generate_image(
+            pipe, "ellie", seed=11, lora_scale=scale, sampler=sampler, **FAST
+        )
+        settings = image_settings(**json.loads(fast.info["parameters"]) | {"path": "reference"})
+        reference = components.generate(pipe, settings)
+        assert mean_difference(fast, reference) < 0.5, "2 is what is promised"
+        assert fast.tobytes() != Image.new("RGB", fast.size).tobytes()
+        assert json.loads(fast.info["parameters"])["path"] == "fast"
+        assert json.loads(reference.info["parameters"])["path"] == "reference"
+    after = state()
+    assert [(n, stride) for n, _, stride in before] == [(n, stride) for n, _, stride in after]
+    assert all(torch.equal(a, b) for (_, a, _), (_, b, _) in zip(before, after, strict=True))
+    assert type(pipe.scheduler).__name__ == "PNDMScheduler"
+
+
+def test_layers_are_back_in_their_places_after_a_failure(pipe: StableDiffusionPipeline) -> None:
+    before = dict(pipe.unet.named_modules())
+    with pytest.raises(RuntimeError), drawing.prepared(pipe, 1.0):
+        assert not any(isinstance(module, LoraLayer) for module in pipe.unet.modules())
+        raise RuntimeError
+    assert dict(pipe.unet.named_modules()) == before
+
+
+def test_the_reference_takes_the_models_own_sampler_and_steps_that_suit_it(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    karras = Recommended(
+        lora_scale=1.0, num_inference_steps=12, guidance_scale=4.0, width=64, height=64,
+        sampler="DPMSolverMultistepScheduler", sampler_options={"use_karras_sigmas": True},
+    )  # fmt: skip
+    monkeypatch.setattr(pipe, "recommended", karras)
+    drawn = inference.settings_with(pipe)
+    assert (drawn["sampler"], drawn["num_inference_steps"]) == ("dpm++-2m-karras", 12)
+    drawn = inference.settings_with(pipe, reference=True)
+    assert (drawn["sampler"], drawn["num_inference_steps"]) == ("PNDMScheduler", 50)
+    assert inference.settings_with(pipe, reference=True, num_inference_steps=7) == drawn | {
+        "num_inference_steps": 7
+    }
+    assert inference.settings_with(pipe, sampler="ddim")["sampler"] == "DDIMScheduler"
+    with pytest.raises(BunnyLoraError, match=r"own sampler, PNDMScheduler: leave out ddim"):
+        inference.settings_with(pipe, sampler="ddim", reference=True)
+    with pytest.raises(BunnyLoraError, match=r"No sampler 'ddmi'"):
+        inference.generate_image(pipe, "ellie", sampler="ddmi", **FAST)
 
 
 def test_an_image_depends_on_its_seed_and_not_on_its_batch(pipe: StableDiffusionPipeline) -> None:
@@ -165,3 +233,12 @@ def test_a_lora_and_its_opposite_are_the_base_model(
     assert (pixels[2] - pixels[1]).abs().max() > 1 and (pixels[2] - pixels[3]).abs().max() > 1
     scaled = inference.generate_image(whole, "ellie", seed=4, lora_scale=0.5, **FAST)
     assert (torch.tensor(list(scaled.tobytes())).float() - pixels[2]).abs().max() <= 1
+
+
+def test_every_sampler_of_the_configuration_is_one_of_diffusers() -> None:
+    known = get_args(Sampler)
+    assert set(known) == {samplers.OWN, *samplers.SAMPLERS}
+    classes = {kind for kind, _ in samplers.SAMPLERS.values()}
+    assert classes <= {scheduler.name for scheduler in KarrasDiffusionSchedulers}
+    for name in samplers.SAMPLERS:
+        assert samplers.recorded(samplers.called(*samplers.described(name))) == samplers.recorded(name)

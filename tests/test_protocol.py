@@ -5,16 +5,16 @@ import pytest
 from bunny_lora.config import load_config
 from bunny_lora.evaluation import protocol
 
-CONFIG = load_config(
-    overrides={"evaluation": {"prompts": ["{name}, waving", "{name}"], "num_images_per_prompt": 2}}
-)
+PROMPTS = {"prompts": ["{name}, waving", "{name}"], "other_prompts": "a dog"}
+COUNTS = {"num_images_per_prompt": 2, "num_drift_images": 4}
+CONFIG = load_config(overrides={"evaluation": PROMPTS | COUNTS})
 
 
 def test_checkpoints_draw_a_small_part_of_what_base_and_final_draw():
     models = ["base", "checkpoint-5", "final"]
     plan = protocol.plan_images(CONFIG, ["rex", "ellie", "phil", "victoria"], models)
     drawn = {model: [p for p in plan if p.model == model] for model in models}
-    assert len(drawn["base"]) == len(drawn["final"]) == (4 + 1) * 2 * 2
+    assert len(drawn["base"]) == len(drawn["final"]) == (4 + 1) * 2 * 2 + 4 + 4
     assert [p.character for p in drawn["checkpoint-5"]] == ["rex", "ellie", "phil"]
     whole = {(p.prompt, p.seed) for p in drawn["final"]}
     assert {(p.prompt, p.seed) for p in drawn["checkpoint-5"]} < whole

@@ -1,13 +1,16 @@
 """The two axes: perfect renders sit at 1, the base model at 0, spoiled ones in between, in order."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from test_figures import assert_readable
 from test_scores import make_result
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
 from bunny_lora import report
+from bunny_lora.core import eval_result
 from bunny_lora.core.seeding import generator
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import traits as axes
@@ -141,16 +144,6 @@ def test_intervals_of_alike_images_are_wider_and_hold_the_truth_as_often_as_they
     assert 0.85 < inside / 200 <= 1
 
 
-def test_drift_is_0_for_the_same_images_and_1_for_those_of_another_seed() -> None:
-    rng = generator(0, "test of drift")
-    base = normalize(torch.randn((64, 32), generator=rng) + 2, dim=1)
-    templates = [row // 16 for row in range(64)]
-    assert axes.drift_ratio(base, base, templates).mean == pytest.approx(0, abs=1e-6)
-    other = base.view(4, 16, 32).roll(1, dims=1).reshape(64, 32)
-    assert axes.drift_ratio(base, other, templates).mean == pytest.approx(1, abs=0.1)
-    assert axes.drift_ratio(base, other, list(range(64))) is None
-
-
 def test_table_and_chart_show_both_axes_and_what_counts(right: Traits) -> None:
     base, drawn = group({name: {} for name in HEROES}, {}), group(HEROES, {"fur": "lilac"})
     found = world_traits.summarise(right, {"base": base, "final": drawn}, group(HEROES))
@@ -162,3 +155,19 @@ def test_table_and_chart_show_both_axes_and_what_counts(right: Traits) -> None:
     assert any(text.get_text() == "Identity 1.000, as asked 1.000" for text in figure.texts)
     nothing = report.traits_table(make_result(list(HEROES)))
     assert "No traits were read" in nothing
+
+
+def test_the_sheet_ticks_what_is_right_below_each_image(right: Traits, tmp_path: Path) -> None:
+    base, drawn = group({name: {} for name in HEROES}, {}), group(HEROES, {"fur": "lilac"})
+    assert right.answers(drawn.read)[0]["fur"] == "lilac"
+    found = world_traits.summarise(right, {"base": base, "final": drawn}, group(HEROES))
+    result = make_result(list(HEROES))
+    for image in result.images:
+        image.read = HEROES[image.character] | ({"mark": "bolt"} if image.character == "ellie" else {})
+    eval_result.write(tmp_path, result.model_copy(update={"traits": found}))
+    figure = report.trait_sheet(tmp_path)
+    texts = [text.get_text() for text in figure.texts]
+    assert texts.count("\u2717 heart: bolt") == 2 == texts.count("\u2713 bolt")
+    assert_readable(figure)
+    eval_result.write(tmp_path, result)
+    assert "No traits" in report.trait_sheet(tmp_path).texts[0].get_text()

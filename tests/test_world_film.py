@@ -172,6 +172,26 @@ def test_a_film_can_have_any_heroes(tmp_path, capsys):
     assert "again" in capsys.readouterr().out
 
 
+def test_a_film_can_be_drawn_in_another_style(tmp_path, capsys):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    for film in (plain, other):
+        command = ["world", "film", "--out", str(film), "--frames", "2"]
+        assert main([*command, *(["--style", "storybook"] if film == other else [])]) == 0
+    pictures = [
+        np.asarray(open_image(sorted((film / "frames").iterdir())[0]).convert("HSV"), dtype=float)
+        for film in (plain, other)
+    ]
+    assert pictures[1][..., 1].mean() < 0.95 * pictures[0][..., 1].mean()
+    assert [r["sd_caption"] for r in records_of(plain)] == [r["sd_caption"] for r in records_of(other)]
+    sides = [
+        max(c["face_box"][2] - c["face_box"][0] for f in truth_of(film) for c in f["characters"])
+        for film in (plain, other)
+    ]
+    assert sides[1] > 1.05 * sides[0]
+    assert main(["world", "film", "--out", str(tmp_path / "new"), "--style", "noir"]) == 2
+    assert "plain, storybook, neon" in capsys.readouterr().err
+
+
 def test_refuses_a_folder_that_is_in_use(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

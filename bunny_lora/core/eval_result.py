@@ -100,18 +100,45 @@ class ReferenceScores(_Rounded):
     n_frames: int = Field(ge=1, description="how many training frames there are")
 
 
+class DriftScore(_Rounded):
+    """How far training moved images of prompts that name nobody."""
+
+    moved: Interval = Field(
+        description="1 minus the cosine between `base` and `final`, 0 to 2, lower is better"
+    )
+    between_seeds: float | None = Field(
+        description="the same between two images of `base` of one prompt; null where none has two"
+    )
+    ratio: Interval | None = Field(
+        description="`moved` over `between_seeds`, 0: nothing, 1: as much as another seed"
+    )
+
+
 class EvalSettings(_Part):
     """What must be equal for two evaluations to be comparable."""
 
     features: str = Field(description="the feature extractor; scores of different ones do not compare")
+    prompt_features: str | None = Field(
+        None, description="what compares images with prompts; null: nothing"
+    )
+    ceiling_shots: int = Field(
+        0, ge=0, description="at most so many shots of a character are held out for its ceiling"
+    )
     characters: list[str] = Field(description="all characters, the most frequent first")
     prompts: list[str] = Field(description="prompts, with {name} where a character's name goes")
     neutral_prompts: list[str] = Field(description="the prompts that name nobody")
     num_images_per_prompt: int = Field(ge=1, description="images of each prompt, from 1")
+    other_prompts: list[str] = Field(
+        default_factory=list, description="prompts about other subjects; none in older files"
+    )
+    num_drift_images: int = Field(
+        1, ge=1, description="images, at least, of each kind of prompt that names nobody"
+    )
     seed: int = Field(ge=0, description="what the seeds of the images are derived from")
     resolution: int = Field(ge=1, description="width and height of the images in pixels")
     num_inference_steps: int = Field(ge=1, description="denoising steps of an image, from 1")
     guidance_scale: float = Field(ge=0, description="strength of classifier-free guidance, from 0")
+    sampler: str = Field("own", description="what denoised: `sampling.sampler`; own of older files")
 
 
 class RunInfo(_Part):
@@ -131,10 +158,12 @@ class RunInfo(_Part):
 
 
 class ImageScores(_Rounded):
-    """One generated image. Those of `-`, who is nobody, have no scores."""
+    """One generated image. Those that name nobody have no scores."""
 
     model: str = Field(description="`base`, `checkpoint-<step>` or `final`")
-    character: str = Field(description="who should be on it; `-` is nobody")
+    character: str = Field(
+        description="who should be on it; `-` is nobody, `-others` another subject, `-empty` anything"
+    )
     prompt_index: int = Field(ge=0, description="which prompt, from 0")
     prompt: str = Field(description="the prompt as it was drawn")
     seed: int = Field(ge=0, description="the image's seed, 32 bits; the same for every model")
@@ -147,6 +176,12 @@ class ImageScores(_Rounded):
         description="as in Measures, of this image",
     )
     nearest_frame: str | None = Field(None, description="file name of the nearest training frame")
+    identity: float | None = Field(None, description="as in IdentityScores, of this image")
+    following: float | None = Field(None, description="the cosine to its prompt, of this image")
+    read: dict[str, str] = Field(
+        default_factory=dict,
+        description="what the reader of traits took it for, of what it reads well: `ear: bent`",
+    )
 
 
 class TraitScore(_Rounded):
@@ -184,6 +219,49 @@ class TraitScores(_Part):
     )
 
 
+class Anchors(_Rounded):
+    """What a character's identity is measured between: mean cosines to its references."""
+
+    base: Interval = Field(description="of the base model's images of it: a floor")
+    wrong: Interval | None = Field(
+        description="of the other character that is most like it, in shots held out: the other floor;"
+        " null of one character"
+    )
+    ceiling: Interval | None = Field(
+        description="of the character itself in shots held out, through the autoencoder; null of a"
+        " single shot"
+    )
+
+
+class IdentityScores(_Part):
+    """Identity between the higher floor, 0, and the ceiling, 1; characters are cut out of all alike."""
+
+    features: str = Field(description="what measured it")
+    anchors: dict[str, Anchors] = Field(description="the floors and the ceiling of each character")
+    blind: dict[str, str] = Field(description="who cannot be judged so, and why; not in the rest")
+    models: dict[str, dict[str, Interval]] = Field(
+        description="of each model, over `all` images and over those of each character;"
+        " below 0: less like it than the floor"
+    )
+    change: Interval | None = Field(
+        description="`final` minus `base`, paired by prompt and seed; null where nobody can be judged"
+    )
+
+
+class Axis(_Part):
+    """One more number for every model, with an interval that takes images of a prompt for alike."""
+
+    features: str = Field(description="what measured it")
+    models: dict[str, Interval] = Field(description="of each model, over images that name a character")
+    change: Interval = Field(description="`final` minus `base`, paired by prompt and seed")
+    reference: float | None = Field(description="what to read it against")
+
+
+def sees(features: str) -> str:
+    """Return the name of a feature extractor with what it cannot see, where that is most of it."""
+    return f"{features}, sees colours only" if features == "palette" else features
+
+
 class MeanScores(_Part):
     """The means of a result, as handover.json passes them on."""
 
@@ -213,11 +291,29 @@ class EvalResult(_Part):
     )
     drift_ratio: Interval | None = Field(
         None,
-        description="drift over what another seed changes, 0: nothing, 1: as much as that; null of a"
-        " single image a prompt",
+        description="`drifts.templates.ratio`; null of a single image a prompt",
+    )
+    drifts: dict[str, DriftScore] = Field(
+        default_factory=dict,
+        description="drift of each kind of prompt: `templates` without the name, `others`: other"
+        " subjects, `empty`: the empty prompt; none in older files",
     )
     traits: TraitScores | None = Field(
         None, description="identity by traits; null where `evaluation.traits` names none"
+    )
+    identity: IdentityScores | None = Field(
+        None,
+        description="likeness between floor and ceiling; null where `evaluation.ceiling_shots` is 0",
+    )
+    following: Axis | None = Field(
+        None,
+        description="cosine between an image and its prompt without the name; `reference`: and the"
+        " other prompts. Null where `evaluation.prompt_features` names nothing",
+    )
+    colour: Axis | None = Field(
+        None,
+        description="cosine of palettes, image to the character's training crops: sees colours only;"
+        " `reference`: the crops among themselves. Null in older files",
     )
     reference: ReferenceScores = Field(description="what the training data scores among itself")
     seconds_per_image: float = Field(ge=0, description="median time of drawing an image, in seconds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -32,6 +32,8 @@ class ImageSettings(BaseModel):
     height: int = Field(ge=8, multiple_of=8)
     lora_scale: float = 1.0
     sampler: str
+    path: Literal["fast", "reference"] = "fast"
+    """fast: LoRA merged into the weights; reference: as diffusers alone draws, to the bit."""
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -22,6 +22,10 @@ from bunny_lora.core.values import (
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
+Sampler = Literal["own", "pndm", "ddim", "euler", "unipc", "dpm++-2m", "dpm++-2m-karras"]
+
+Scale = Annotated[float, Field(ge=0, le=2)]
+Guidance = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -178,8 +182,28 @@ class SamplingSection(Section):
 
     num_inference_steps: int = Field(25, ge=1)
     """Denoising steps a picture; time grows with them."""
+    sampler: Sampler = "own"
+    """What denoises: the model's own, or another. dpm++-2m-karras needs about half as many steps."""
     guidance_scale: float = Field(7.5, ge=0)
     """How closely a picture follows its prompt; up to 1, half the time and no negative prompt."""
+
+
+class ChooseSection(Section):
+    """What `bunny-lora choose` tries: every checkpoint by its loss in seconds, a few by their pictures.
+
+    These are `evaluation.prompts`, and the same without a name, drawn with each checkpoint of the
+    shortlist at each LoRA scale and guidance.
+    """
+
+    n_shortlist: int = Field(3, ge=1)
+    """How many checkpoints are drawn with: those of the lowest loss on held-out frames, and the last;
+    where no frames are held out, checkpoints evenly spaced."""
+    checkpoints: list[int] = Field(default_factory=list)
+    """Steps of the checkpoints to draw with, instead of a shortlist by loss."""
+    scales: list[Scale] = Field([0.8, 1.0], min_length=1)
+    """LoRA scales, 0: the base model, 1: as trained."""
+    guidances: list[Guidance] = Field(default_factory=list)
+    """Guidance scales; none: the one of `sampling`."""
 
 
 class EvaluationSection(Section):
@@ -191,10 +215,28 @@ class EvaluationSection(Section):
     """What is drawn of every character, before and after."""
     num_images_per_prompt: int = Field(2, ge=1)
     """Pictures a prompt and character, each from a seed of its own."""
+    num_drift_images: int = Field(16, ge=1)
+    """Pictures, at least, of each kind of prompt that names nobody: `prompts` without the name,
+    other_prompts, the empty one. What training changed in them is drift."""
+    other_prompts: Texts = Field(
+        ["a dog on a lawn", "a wooden house by a lake", "a bowl of fruit", "an old man, reading"]
+    )
+    """Other subjects, which training should leave as they are."""
     seed: int = Field(1000, ge=0)
     """Of the evaluation alone, apart from training's."""
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
+    checklist: dict[str, list[str]] = Field(default_factory=dict)
+    """What a person is to look for, `ellie: [a bent left ear, a yellow bow]`: evaluation/checklist.md
+    is a sheet of all pictures to tick it on."""
     features: str = "palette"
-    """What measures similarity: palette (colours), bunny-world, or a CLIP model, folder or hub name."""
+    """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
+    CLIP, SigLIP), folder or hub name."""
+    prompt_features: str | None = None
+    """What tells whether a picture shows what its prompt asks for: bunny-world, or a CLIP or SigLIP,
+    folder or hub name. null: nothing does."""
+    ceiling_shots: int = Field(8, ge=0)
+    """Identity is told between a floor and a ceiling: so many shots of each character, one by one, are
+    compared with the others, as the autoencoder gives them back. 0: no floor and ceiling."""
+    choose: ChooseSection = ChooseSection()

@@ -48,7 +48,14 @@ FAR = re.compile(
     r"(?:angle[- ])?(?:shot|view)|from (?:far away|afar|a distance))(?!\w)",
     re.IGNORECASE,
 )
-NEAR = "medium shot"  # a head, and most of a cartoon body
+MEDIUM, PORTRAIT = "medium shot", "portrait"  # a head and most of a cartoon body; not much but a head
+DESCRIPTION = re.compile(rf"[\s,{WIDE}]*an?\s", re.IGNORECASE)  # "a blue bear in a red scarf waving"
+SEVERAL_SHOWN = re.compile(r"(?<!\w)(animated|cartoon) characters(?!\w)", re.IGNORECASE)
+# What leads from one who is described to another, at the end of what is left without the other.
+LEADING = re.compile(
+    r"\s+(?:while|as|when|and|with|to|at|by|of|for|from|after|towards?|near|behind|beside|over|under)$"
+)
+MIN_LOOKS_WORDS = 3
 
 Box = tuple[float, float, float, float]
 
@@ -120,26 +127,84 @@ def without_names(caption: str, names: Collection[str]) -> str:
     return "".join(parts).lstrip(f",{WIDE} ")
 
 
-def name_only(caption: str, seen: Collection[str], unseen: Collection[str]) -> str:
-    """Return a caption for a part of its picture: a part that names only who is not seen goes whole.
+def name_only(caption: str, seen: Collection[str], unseen: Collection[str], n_faces: int = 0) -> str:
+    """Return a caption for a part of its picture: without those who are not seen, and their looks.
 
-    Where a part names both, the others' names are taken out.
+    A part that names only them goes, but for what it says first of who is seen; where a part names
+    both, the others' names are taken out.
+
+    Args:
+        caption: of the whole picture.
+        seen: everybody else, in the picture or not.
+        unseen: who is in the picture, and not in this part of it.
+        n_faces: how many are in the picture, named or not; it tells whose looks are whose.
     """
+    owners = _owners(caption, [*seen, *unseen], n_faces)
     parts = [
-        part
-        for part in caption_parts(caption)
-        if not _names_any(part, unseen) or _names_any(part, seen)
+        _without_others(part, caption, seen, unseen)
+        for place, part in enumerate(caption_parts(caption))
+        if owners.get(place) not in unseen
     ]
     return without_names("".join(parts).lstrip(f",{WIDE} "), unseen)
+
+
+def _without_others(part: str, caption: str, seen: Collection[str], unseen: Collection[str]) -> str:
+    """Return what a part of a caption says of those who are seen."""
+    mentions = [match.start() for name in unseen if (match := find_name(part, name))]
+    if not mentions or _names_any(part, seen):
+        return part
+    first = _in_order(caption, [*seen, *unseen])[0]
+    before = part[: min(mentions)].rstrip()
+    while before != (shorter := LEADING.sub("", before)):
+        before = shorter
+    says_looks = first in seen and len(before.strip(f",{WIDE} ").split()) >= MIN_LOOKS_WORDS
+    return before if says_looks else ""
+
+
+def _in_order(caption: str, names: Collection[str]) -> list[str]:
+    """Return the names that a caption has, as it mentions them."""
+    places = {name: match.start() for name in names if (match := find_name(caption, name))}
+    return sorted(places, key=lambda name: (places[name], name))
+
+
+def _owners(caption: str, names: Collection[str], n_faces: int) -> dict[int, str | None]:
+    """Return whose looks a part of a caption tells, by its place; None for a passer-by's.
+
+    "a and b, a fox waving, a bear standing": names and looks come in the same order. Where there are
+    neither as many as names nor as many as faces, nobody can tell.
+    """
+    looks = [
+        place
+        for place, part in enumerate(caption_parts(caption))
+        if place and DESCRIPTION.match(part) and not _names_any(part, names)
+    ]
+    named = _in_order(caption, names)
+    if len(looks) < len(named) or len(looks) not in (len(named), n_faces):
+        return {}
+    return dict(itertools.zip_longest(looks, named))
 
 
 def _names_any(text: str, names: Collection[str]) -> bool:
     return any(find_name(text, name) for name in names)
 
 
-def near_caption(caption: str, name: str, others: Collection[str]) -> str:
-    """Return a caption for a view from near that shows one of its characters alone."""
-    return FAR.sub(NEAR, name_only(caption, [name], others))
+def near_caption(
+    caption: str, name: str, others: Collection[str], *, n_faces: int = 0, shot: str = MEDIUM
+) -> str:
+    """Return a caption for a view from near that shows one of its characters alone.
+
+    Args:
+        caption: of the whole picture.
+        name: who is shown.
+        others: everybody else who has a name.
+        n_faces: as in `name_only`.
+        shot: what takes the place of words for a picture from far away.
+    """
+    owners = _owners(caption, [name, *others], n_faces)
+    parts = caption_parts(caption)
+    kept = [part for place, part in enumerate(parts) if owners.get(place, name) == name]
+    alone = name_only("".join(kept), [name], others)
+    return SEVERAL_SHOWN.sub(r"\1 character", FAR.sub(shot, alone))
 
 
 def _names(value: Any) -> Any:

@@ -64,6 +64,10 @@ MAX_SIDE_PX = 20_000
 MAX_ASPECT = 4  # A square crop of anything longer shows less than a quarter of the picture.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against decompression bombs.
 
+# The side of a square over that of the face in it.
+FACE_TO_HEAD = 2.5  # face, ears and shoulders: enough to tell whose face it is
+FACE_TO_BODY = 4.0  # a head, and most of a cartoon body with what it wears
+
 OUTSIDE = "outside the project and the run folder"
 HOW_TO_ALLOW = "copy it there, or set allow_outside_paths: true"
 MAX_SHOWN = 120  # Characters of a path in a reason.
@@ -264,8 +268,17 @@ def crop_around(image: Image.Image, box: Sequence[float], scale: float) -> Image
         box: x1, y1, x2, y2 in pixels of the image.
         scale: how much more than the box is seen; the square never exceeds the image's shorter side.
     """
-    x1, y1, x2, y2 = box
-    side = min(scale * max(x2 - x1, y2 - y1), *image.size)
-    left = min(max((x1 + x2 - side) / 2, 0), image.width - side)
-    top = min(max((y1 + y2 - side) / 2, 0), image.height - side)
+    left, top, side = square_around(image.size, box, scale)
     return image.crop((round(left), round(top), round(left + side), round(top + side)))
+
+
+def square_around(
+    size: Sequence[int], box: Sequence[float], scale: float
+) -> tuple[float, float, float]:
+    """Return left, top and side of what `crop_around` cuts from an image of `size`, in its pixels."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    side = min(scale * max(x2 - x1, y2 - y1), width, height)
+    left = min(max((x1 + x2 - side) / 2, 0), width - side)
+    top = min(max((y1 + y2 - side) / 2, 0), height - side)
+    return left, top, side

@@ -21,6 +21,7 @@ from bunny_lora.data.images import open_rgb
 THUMB = (16, 9)
 # Mean differences of thumbnails, of 1: cuts of the films at hand are above 0.2 where the place changes.
 NEIGHBOURS, SAME = 0.08, 0.02
+SAME_PLACE = 0.12  # of the place that changes most: an arm that moves makes 0.2 and more
 NOBODY = ""
 MIN_SHOTS = 3  # of whoever gives one: two shots at least are left to learn from
 
@@ -42,6 +43,17 @@ def shots(paths: Sequence[Path]) -> list[int]:
         shot = [min(merged) if number in merged else number for number in shot]
     order = {number: place for place, number in enumerate(dict.fromkeys(shot))}
     return [order[number] for number in shot]
+
+
+def near_duplicates(paths: Sequence[Path]) -> list[int]:
+    """Return for each picture the first of its group: neighbours in which nothing much has moved."""
+    groups: list[int] = []
+    thumbs = [_thumb(path).reshape(-1, 3) for path in paths]
+    for i, thumb in enumerate(thumbs):
+        first = groups[-1] if groups else i
+        moved = np.abs(thumbs[first] - thumb).mean(axis=1).max()
+        groups.append(first if moved <= SAME_PLACE else i)
+    return groups
 
 
 def _thumb(path: Path) -> np.ndarray:

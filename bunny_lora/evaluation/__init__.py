@@ -1,5 +1,7 @@
 """Base against LoRA, in scores: what is drawn, how it is measured, what `eval.json` says."""
 
-from bunny_lora.evaluation.judge import evaluate, images_of
+from bunny_lora.evaluation.choose import choose
+from bunny_lora.evaluation.cutouts import images_of
+from bunny_lora.evaluation.judge import evaluate
 
-__all__ = ["evaluate", "images_of"]
+__all__ = ["choose", "evaluate", "images_of"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,29 @@ from bunny_lora.core.image_file import read_metadata, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.provenance import provenance
 from bunny_lora.data.captions import find_name
-from bunny_lora.data.images import crop_around, open_rgb
+from bunny_lora.data.images import open_rgb
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import metrics, protocol, traits, world_traits
+from bunny_lora.evaluation import (
+    anchors,
+    checklist,
+    cutouts,
+    drift,
+    following,
+    metrics,
+    protocol,
+    world_traits,
+)
+from bunny_lora.evaluation.cutouts import CROP_SIZE_PX
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
-from bunny_lora.evaluation.protocol import NEUTRAL, SUBJECT, ImageSpec
+from bunny_lora.evaluation.following import PromptReader
+from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
 from bunny_lora.prepare import read_split
 from bunny_lora.training import distributed, handover
 
 RANDOM = "random weights, so the pictures and numbers mean nothing"
-FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
-MAX_CROPS = 200  # of one character; more are thinned out evenly
 N_SHOWN_CROPS = 4
-CROP_SIZE_PX = 256  # what feature extractors take in is no finer
 CHUNK = 64  # images in memory at a time
 
 
@@ -66,11 +74,9 @@ class Reference:
         samples, _ = read_split(config, data_dir)
         counts = Counter(name for sample in samples for name in sample.characters)
         named = sorted(counts, key=lambda name: (-counts[name], name))
-        shows = {name: images_of(samples, name) for name in named}
-        crops = {
-            name: [crop_of(sample) for sample in evenly_spaced(shown)]
-            for name, shown in (shows or {SUBJECT: subject_of(samples, config)}).items()
-        }
+        shown = samples if named else subject_of(samples, config)
+        found = cutouts.references(shown, named or [SUBJECT], cutouts.tied_faces(shown, config))
+        crops = {name: [cutout.open() for cutout in cut] for name, cut in found.items()}
         return cls(crops, [sample.path for sample in samples])
 
 
@@ -95,6 +101,8 @@ def evaluate(
     data_dir = resolve(data_dir or config.data_dir)
     device = devices.resolve_device(config.device)
     extractor = load_feature_extractor(config.evaluation.features, device.type)
+    asked = config.evaluation.prompt_features
+    reader = PromptReader(asked, device.type) if asked else None
     with distributed.process_group(device) as group:
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir, config)
@@ -103,7 +111,9 @@ def evaluate(
             _say_doubts(plan, models[-1].identity["base_model"])
         protocol.generate_missing(run_dir, models, plan, config, group)
         return group.broadcast_from_main(
-            lambda: _score_and_write(run_dir, config, data, extractor, models[-1].identity, plan)
+            lambda: _score_and_write(
+                run_dir, config, data, extractor, reader, models[-1].identity, plan
+            )
         )
 
 
@@ -118,6 +128,7 @@ def _score_and_write(
     config: Config,
     data: Reference,
     extractor: FeatureExtractor,
+    reader: PromptReader | None,
     identity: dict[str, Any],
     plan: list[ImageSpec],
 ) -> EvalResult:
@@ -126,7 +137,13 @@ def _score_and_write(
     vectors = extract_files(extractor, [run_dir / "evaluation" / spec.file for spec in plan])
     characters = list(data.crops)
     scores = score_models(plan, vectors, characters, crops, frames)
-    neutral = [rows_of(plan, model, neutral=True) for model in ("base", "final")]
+    named = [spec for spec in plan if spec.character in data.crops]
+    placed, places = anchors.identity_scores(
+        run_dir, config, named, data.crops, crops, extractor, identity["base_model"]
+    )
+    asked, matches = following.following(run_dir, config, named, reader)
+    drifts = drift.drift_scores(plan, vectors)
+    read, answers = world_traits.trait_scores(run_dir, config, plan)
     result = EvalResult(
         base_model=identity["base_model"],
         warning=RANDOM if identity["base_model"] in random_models.RANDOM_MODELS else None,
@@ -134,34 +151,31 @@ def _score_and_write(
         settings=settings(config, characters),
         models={model: table(found, characters) for model, found in scores.items()},
         differences=table(scores["final"], characters, scores["base"]),
-        drift=metrics.interval(metrics.drift(*(vectors[rows] for rows in neutral))),
-        drift_ratio=traits.drift_ratio(
-            vectors[neutral[0]], vectors[neutral[1]], [plan[row].prompt_index for row in neutral[0]]
-        ),
-        traits=world_traits.trait_scores(run_dir, config, plan),
+        drift=drifts["templates"].moved,
+        drift_ratio=drifts["templates"].ratio,
+        drifts=drifts,
+        traits=read,
+        identity=placed,
+        following=asked,
+        colour=following.colour(run_dir, named, data.crops),
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
-        images=image_scores(plan, scores, frames, data.frames),
+        images=[
+            image.model_copy(
+                update={"identity": places.get(image.file), "following": matches.get(image.file)}
+            )
+            for image in image_scores(plan, scores, frames, data.frames, answers)
+        ],
         training_crops=save_shown_crops(run_dir, data),
     )
     eval_result.write(run_dir, result)
+    checklist.write_checklist(run_dir, config.evaluation.checklist, result.images)
     if (run_dir / "config.yaml").is_file():
         handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), result.means())
     return result
 
 
 # ---------------------------------------------------------------------------- training data
-
-
-def images_of(samples: list[Sample], name: str) -> list[Sample]:
-    """Return the images that show this character most surely.
-
-    That is alone, with no second face that might be a passer-by's; where there are none of these, named
-    alone; where there are none either, named among others.
-    """
-    named = [sample for sample in samples if name in sample.characters]
-    alone = [sample for sample in named if len(sample.characters) == 1]
-    return [sample for sample in alone if len(sample.faces) < 2] or alone or named
 
 
 def subject_of(samples: list[Sample], config: Config) -> list[Sample]:
@@ -178,21 +192,7 @@ def subject_of(samples: list[Sample], config: Config) -> list[Sample]:
             " trigger words that its captions have, with character_names: [ellie, rex] (--set"
             " 'character_names=[ellie, rex]'). Nothing has to be trained again for that."
         )
-    return shown
-
-
-def evenly_spaced(samples: list[Sample]) -> list[Sample]:
-    """Return at most `MAX_CROPS` samples, evenly spaced."""
-    return samples[:: -(-len(samples) // MAX_CROPS)] if samples else []
-
-
-def crop_of(sample: Sample) -> Image.Image:
-    """Return the square around the largest face, or the middle of a frame without one."""
-    frame = open_rgb(sample.path)
-    if sample.faces:
-        face = max(sample.faces, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
-        frame = crop_around(frame, face, FACE_TO_CROP)
-    return ImageOps.fit(frame, (CROP_SIZE_PX, CROP_SIZE_PX))
+    return [replace(sample, characters=(SUBJECT,)) for sample in shown]
 
 
 def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
@@ -212,10 +212,9 @@ def save_shown_crops(run_dir: Path, data: Reference) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------- scores
 
 
-def rows_of(plan: list[ImageSpec], model: str, *, neutral: bool) -> list[int]:
-    """Return which images of the plan are one model's, of prompts that name nobody or of the others."""
-    chosen = [(spec.model, spec.character == NEUTRAL) == (model, neutral) for spec in plan]
-    return [row for row, wanted in enumerate(chosen) if wanted]
+def rows_of(plan: list[ImageSpec], model: str) -> list[int]:
+    """Return which images of the plan are one model's, of prompts that name a character."""
+    return [i for i, s in enumerate(plan) if s.model == model and s.character not in NOBODY]
 
 
 def score_models(
@@ -228,7 +227,7 @@ def score_models(
     """Return the scores of every model's images that name a character, in the order of the plan."""
     scores = {}
     for model in dict.fromkeys(spec.model for spec in plan):
-        rows = rows_of(plan, model, neutral=False)
+        rows = rows_of(plan, model)
         labels = torch.tensor([characters.index(plan[row].character) for row in rows])
         scores[model] = metrics.score(vectors[rows], labels, crops, frames)
     return scores
@@ -239,12 +238,16 @@ def image_scores(
     scores: dict[str, metrics.Scores],
     frames: torch.Tensor,
     frame_files: list[Path],
+    answers: list[dict[str, str]],
 ) -> list[ImageScores]:
-    """Return every image of the plan with its own scores."""
-    found: list[dict[str, Any]] = [asdict(spec) | {"file": spec.file} for spec in plan]
+    """Return every image of the plan with its own scores, and with what was read off it."""
+    found: list[dict[str, Any]] = [
+        asdict(spec) | {"file": spec.file, "read": read}
+        for spec, read in zip(plan, answers, strict=True)
+    ]
     for model, of_model in scores.items():
         nearest = metrics.memorisation(of_model.vectors, frames)[1]
-        for position, row in enumerate(rows_of(plan, model, neutral=False)):
+        for position, row in enumerate(rows_of(plan, model)):
             found[row] |= {name: float(values[position]) for name, values in of_model.values.items()}
             found[row] |= {"nearest_frame": frame_files[nearest[position]].name}
     return [ImageScores(**image) for image in found]
@@ -294,11 +297,10 @@ def reference_scores(
 
 def settings(config: Config, characters: list[str]) -> EvalSettings:
     """Return what must be equal for two evaluations to be comparable."""
-    neutral = [spec.prompt for spec in protocol.specs_of(config, "base", NEUTRAL)]
     return EvalSettings(
         **config.evaluation.model_dump(),
         characters=characters,
-        neutral_prompts=list(dict.fromkeys(neutral)),
+        neutral_prompts=protocol.prompts_of(config, NEUTRAL),
         resolution=config.resolution,
         **config.sampling.model_dump(),
     )

@@ -29,7 +29,9 @@ from bunny_lora.training import validation
 from bunny_lora.training.distributed import ProcessGroup
 
 SUBJECT = "subject"  # stands for the one character of data that names none
-NEUTRAL = "-"  # stands for nobody
+NEUTRAL = "-"  # stands for nobody, in the prompts of the characters
+OTHERS, EMPTY = "-others", "-empty"  # nobody in other prompts, and in none
+NOBODY = {NEUTRAL: "no-name", OTHERS: "no-name-others", EMPTY: "no-name-empty"}
 N_GRID_CHARACTERS = 3
 
 
@@ -44,19 +46,28 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image of the protocol: what it shows, and what draws it from which seed."""
+    """One image of the protocol: what it shows, and what draws it from which seed.
+
+    `guidance_scale` is None where it is the configuration's.
+    """
 
     model: str
     character: str
     prompt_index: int
     prompt: str
     seed: int
+    lora_scale: float = 1.0
+    guidance_scale: float | None = None
 
     @property
     def file(self) -> str:
         """Where the picture lies below `<run>/evaluation/`."""
-        subject = "no-name" if self.character == NEUTRAL else slug(self.character)
-        return f"images/{self.model}/{subject}-{self.prompt_index}-{self.seed}.png"
+        subject = NOBODY.get(self.character) or slug(self.character)
+        folder = self.model
+        if self.guidance_scale is not None or self.lora_scale != 1:
+            guidance = "" if self.guidance_scale is None else f"-guidance-{self.guidance_scale:g}"
+            folder += f"-scale-{self.lora_scale:g}{guidance}"
+        return f"images/{folder}/{subject}-{self.prompt_index}-{self.seed}.png"
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -71,26 +82,34 @@ def plan_images(config: Config, characters: list[str], models: list[str]) -> lis
     for model in models:
         if model in ("base", "final"):
             plan += [p for name in characters for p in specs_of(config, model, name)]
-            plan += specs_of(config, model, NEUTRAL)
+            plan += [p for nobody in NOBODY for p in specs_of(config, model, nobody)]
         else:
             plan += [specs_of(config, model, name)[0] for name in characters[:N_GRID_CHARACTERS]]
     return plan
 
 
 def specs_of(config: Config, model: str, character: str) -> list[ImageSpec]:
-    """Return the images of one character, or of nobody for `NEUTRAL`, prompts first."""
-    templates = config.evaluation.prompts
-    class_prompt = config.prior_preservation.class_prompt
-    if character == NEUTRAL:
-        prompts = list(dict.fromkeys(without_name(template, class_prompt) for template in templates))
-    else:
-        name = config.instance_prompt if character == SUBJECT else character
-        prompts = [template.replace("{name}", name) for template in templates]
+    """Return the images of one character, or of one of `NOBODY`, prompts first."""
+    prompts = prompts_of(config, character)
+    n_images = config.evaluation.num_images_per_prompt
+    if character in NOBODY:
+        n_images = max(n_images, -(-config.evaluation.num_drift_images // len(prompts)))
     return [
         ImageSpec(model, character, index, prompt, image_seed(config.evaluation.seed, index, image))
         for index, prompt in enumerate(prompts)
-        for image in range(config.evaluation.num_images_per_prompt)
+        for image in range(n_images)
     ]
+
+
+def prompts_of(config: Config, character: str) -> list[str]:
+    """Return what is drawn of one character, or of one of `NOBODY`."""
+    templates, class_prompt = config.evaluation.prompts, config.prior_preservation.class_prompt
+    if character == NEUTRAL:
+        return list(dict.fromkeys(without_name(template, class_prompt) for template in templates))
+    if character in NOBODY:
+        return config.evaluation.other_prompts if character == OTHERS else [""]
+    name = config.instance_prompt if character == SUBJECT else character
+    return [template.replace("{name}", name) for template in templates]
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
@@ -199,5 +218,9 @@ def generate_with(
 
 
 def generation_settings(spec: ImageSpec, config: Config) -> ImageSettings:
-    """Return how an image is drawn: as the run's samples are."""
-    return validation.settings_of(config, spec.prompt, spec.seed)
+    """Return how an image is drawn: as the run's samples are, but for what the image says itself."""
+    settings = validation.settings_of(config, spec.prompt, spec.seed)
+    changes: dict[str, float] = {"lora_scale": spec.lora_scale}
+    if spec.guidance_scale is not None:
+        changes["guidance_scale"] = spec.guidance_scale
+    return settings.model_copy(update=changes)

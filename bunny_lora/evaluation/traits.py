@@ -74,6 +74,14 @@ class Traits:
         right = self.of(character)
         return {trait: self.probabilities(read, trait, answer) for trait, answer in right.items()}
 
+    def answers(self, read: Reading) -> list[dict[str, str]]:
+        """Return for each image the likeliest answer to every question that counts."""
+        likeliest = {question: read[question].argmax(1).tolist() for question in self.counted}
+        return [
+            {question: list(self.questions[question])[row[i]] for question, row in likeliest.items()}
+            for i in range(len(next(iter(read.values()))))
+        ]
+
     def others(self, character: str, trait: str) -> set[str]:
         """Return the answers that are right of other characters and wrong of this one."""
         theirs = {traits[trait] for traits in self.right.values() if trait in traits}
@@ -185,35 +193,3 @@ def confusion(
             shares = [mine.count(answer) / len(mine) for answer in answers]
             table[row] = [*shares, 1 - sum(shares)]
     return table
-
-
-def drift_ratio(
-    base: torch.Tensor, final: torch.Tensor, templates: Sequence[int], *, seed: int = 0
-) -> Interval | None:
-    """Return how far training moved images that name nobody, over what another seed moves them.
-
-    0: the same images; 1: as different as two images of the base model from different seeds.
-
-    Args:
-        base: unit vectors [N, D] of the base model's images.
-        final: unit vectors [N, D] of the tuned model's, same prompts and seeds in the same order.
-        templates: [N] which prompt each image is of; None is returned where none has two images.
-    """
-    moved = 1 - (base * final).sum(1)
-    groups: dict[int, list[int]] = {}
-    for row, template in enumerate(templates):
-        groups.setdefault(template, []).append(row)
-    own = [_between(base[rows]) for rows in groups.values() if len(rows) > 1]
-    if not own:
-        return None
-    typical = float(torch.cat(own).mean())
-    if typical <= 0:
-        return None
-    return clustered_interval(moved / typical, templates, seed=seed)
-
-
-def _between(vectors: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cosine of every pair of rows."""
-    cosines = vectors @ vectors.T
-    i, j = torch.triu_indices(len(vectors), len(vectors), offset=1)
-    return 1 - cosines[i, j]

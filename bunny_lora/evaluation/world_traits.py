@@ -34,29 +34,38 @@ class Group:
 
     def of(self, character: str) -> Group:
         """Return those of one character, or of nobody for `NEUTRAL`."""
-        rows = [row for row, name in enumerate(self.characters) if name == character]
-        read = {question: answers[rows] for question, answers in self.read.items()}
-        return Group([character] * len(rows), [self.prompts[row] for row in rows], read)
+        return self.rows([row for row, name in enumerate(self.characters) if name == character])
+
+    def rows(self, rows: Sequence[int]) -> Group:
+        """Return those at these places."""
+        read = {question: answers[list(rows)] for question, answers in self.read.items()}
+        return Group([self.characters[i] for i in rows], [self.prompts[i] for i in rows], read)
 
     def clusters(self) -> list[tuple[str, str]]:
         """Return what makes images alike beside their seed."""
         return list(zip(self.characters, self.prompts, strict=True))
 
 
-def trait_scores(run_dir: Path, config: Config, plan: Sequence[ImageSpec]) -> TraitScores | None:
-    """Return what the reader sees in a run's images; None where the configuration names no traits.
+def trait_scores(
+    run_dir: Path, config: Config, plan: Sequence[ImageSpec]
+) -> tuple[TraitScores | None, list[dict[str, str]]]:
+    """Return what the reader sees in a run's images, and what it took each of them for.
+
+    None and nothing for each where the configuration names no traits.
 
     Raises:
         BunnyLoraError: a trait or an answer that the reader does not know.
     """
     if not config.evaluation.traits:
-        return None
-    from bunny_lora.world import traits as world
-
-    right = Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
-    models = dict.fromkeys(spec.model for spec in plan)
-    groups = {model: _group(run_dir, [s for s in plan if s.model == model]) for model in models}
-    return summarise(right, groups, _ceiling(config, right, groups["base"]))
+        return None, [{} for _ in plan]
+    right = _right(config)
+    drawn = _group(run_dir, plan)
+    models = [spec.model for spec in plan]
+    groups = {
+        model: drawn.rows([row for row, name in enumerate(models) if name == model])
+        for model in dict.fromkeys(models)
+    }
+    return summarise(right, groups, _ceiling(config, right, groups["base"])), right.answers(drawn.read)
 
 
 def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> TraitScores:
@@ -77,6 +86,67 @@ def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> Tra
         traits={name: _traits(right, name, groups, ceiling) for name in names},
         confusion=_confusion(right, groups["final"], names),
     )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Reads single images: how far they are from the base model, 0, to the character itself, 1.
+
+    Attributes:
+        run_dir: whose images are read, from its `evaluation/`.
+        right: what each character is like.
+        base: images of the base model, the floor.
+        ceiling: renders of the characters, as the same prompts ask.
+    """
+
+    run_dir: Path
+    right: Traits
+    base: Group
+    ceiling: Group
+
+    @classmethod
+    def of_run(cls, run_dir: Path, config: Config, base: Sequence[ImageSpec]) -> Judge:
+        """Return the judge of a run, with `base` the base model's images of characters.
+
+        Raises:
+            BunnyLoraError: a trait or an answer that the reader does not know.
+        """
+        right, group = _right(config), _group(run_dir, base)
+        return cls(run_dir, right, group, _ceiling(config, right, group))
+
+    def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return identity and what was asked for of images of characters, [N] each, in their order.
+
+        NaN where the reader has nothing to tell: no traits, or a prompt that asks for nothing; None
+        where no prompt does.
+        """
+        group = _group(self.run_dir, specs)
+        identity = torch.full((len(specs),), float("nan"))
+        for name in dict.fromkeys(group.characters):
+            if self.right.of(name):
+                rows = torch.tensor([character == name for character in group.characters])
+                identity[rows] = self._placed(group.of(name), name)
+        asked = axes.as_asked(group.read, group.prompts, self.right.asked())
+        return identity, asked if asked.isfinite().any() else None
+
+    def _placed(self, part: Group, name: str) -> torch.Tensor:
+        return _placed(self.right, part, name, self.base, self.ceiling)
+
+
+def _right(config: Config) -> Traits:
+    from bunny_lora.world import traits as world
+
+    return Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
+
+
+def _placed(right: Traits, part: Group, name: str, base: Group, ceiling: Group) -> torch.Tensor:
+    """Return identity of each image of one character, [N]."""
+    floor, top = (
+        float(torch.tensor(list(_means(right, source, name).values())).mean())
+        for source in (base, ceiling)
+    )
+    sure = torch.stack(list(right.scores(part.read, name).values())).mean(0)
+    return axes.normalised(sure, floor, top)
 
 
 def _traits(
@@ -109,12 +179,7 @@ def _identity(
         part = group.of(name)
         if not part.prompts:
             continue
-        floor, ceiling = (
-            float(torch.tensor(list(_means(right, everything[source], name).values())).mean())
-            for source in ("base", CEILING)
-        )
-        sure = torch.stack(list(right.scores(part.read, name).values())).mean(0)
-        placed = axes.normalised(sure, floor, ceiling)
+        placed = _placed(right, part, name, everything["base"], everything[CEILING])
         found[name] = axes.clustered_interval(placed, part.clusters())
         values.append(placed)
         clusters += part.clusters()
@@ -175,18 +240,6 @@ def _ceiling(config: Config, right: Traits, base: Group) -> Group:
         )
         for number, (name, prompt) in enumerate(wanted)
     ]
-    images = _through_autoencoder(renders)
+    vae = components.load_vae(components.BUNNY_WORLD, torch.device("cpu"))
+    images = [components.reconstruct(vae, render) for render in renders]
     return Group([name for name, _ in wanted], [prompt for _, prompt in wanted], _read(images))
-
-
-def _through_autoencoder(images: Sequence[Image.Image]) -> list[Image.Image]:
-    vae = components.load_components(components.BUNNY_WORLD, torch.device("cpu"), torch.float32).vae
-    returned = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mean
-            decoded = vae.decode(latents).sample
-        array = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        returned.append(Image.fromarray(array))
-    return returned

@@ -62,8 +62,8 @@ def export(
     """Write the LoRA of a checkpoint in other programs' formats, with a model card, and check each.
 
     Args:
-        lora_weights_dir: `…/final`, `…/checkpoint-<step>`, a run folder (its `final`), or what else
-            `adapters.find_weights` takes.
+        lora_weights_dir: `…/final`, `…/checkpoint-<step>`, a run folder (see `inference.handed_on`),
+            or what else `adapters.find_weights` takes.
         out_dir: a new or empty folder; it appears whole or not at all.
         kinds: of `FORMATS`. "merged" is a whole pipeline, as large as the base model, "checkpoint" the
             same in one file of half precision; "kohya-sd1" is experimental: BK-SDM-Tiny's LoRA under
@@ -82,7 +82,7 @@ def export(
     out_dir = paths.resolve(out_dir)
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise BunnyLoraError(f"{out_dir} exists and is not empty: choose another folder or remove it.")
-    weights = adapters.find_weights(lora_weights_dir)
+    weights = adapters.find_weights(inference.handed_on(lora_weights_dir))
     base_model = base_model or inference.recorded_base_model(weights)
     parts = components.load_components(base_model, torch.device("cpu"), torch.float32)
     pipe = components.pipeline_from(parts, base_model)

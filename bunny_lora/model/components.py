@@ -5,22 +5,24 @@ The one place that knows the VAE's scaling factor, and the names of models that 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, kinds, random_models, single_file, variants
+from bunny_lora.model import hub, kinds, random_models, samplers, single_file, variants
+from bunny_lora.model.fast import drawing
 from bunny_lora.model.quiet import quiet
 
 BUNNY_WORLD = "bunny-world"
@@ -140,8 +142,10 @@ def load_noise_scheduler(base_model: str) -> DDPMScheduler:
 
 
 @quiet()
-def sampler_name(base_model: str) -> str:
-    """Return the class of diffusers that the base model draws with."""
+def sampler_name(base_model: str, wanted: str = samplers.OWN) -> str:
+    """Return what a sampler is recorded as, see `samplers.recorded`; the model's own as its class."""
+    if wanted != samplers.OWN:
+        return samplers.recorded(wanted)
     config = DDPMScheduler.load_config(resolve_base_model(base_model), subfolder="scheduler")
     return str(config["_class_name"])
 
@@ -171,6 +175,27 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
         dtype=dtype,
         **models,
     )
+
+
+def load_vae(base_model: str, device: torch.device) -> AutoencoderKL:
+    """Load the autoencoder alone, frozen, in full precision.
+
+    Raises:
+        BunnyLoraError: there is no such model here, and none could be had from the hub.
+    """
+    variant = variants.variants(Path(resolve_base_model(base_model)))["vae"]
+    vae = _load(AutoencoderKL, base_model, "vae", variant=variant, torch_dtype=torch.float32)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, image: Image.Image) -> Image.Image:
+    """Return an image as the autoencoder gives it back: the best that its model can draw."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = vae.encode(pixels.to(vae.device)).latent_dist.mean
+    decoded = vae.decode(latents).sample[0].cpu()
+    array = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array)
 
 
 @torch.no_grad()
@@ -243,26 +268,24 @@ def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
+    On the path "reference" nothing here differs from diffusers alone, to the bit.
     """
     pipe.set_progress_bar_config(disable=True)
-    if type(pipe.scheduler).__name__ != settings.sampler:
-        pipe.scheduler = _sampler(settings.sampler).from_config(pipe.scheduler.config)
-    scaled = settings.lora_scale != 1
-    result = pipe(
-        settings.prompt,
-        generator=torch.Generator("cpu").manual_seed(settings.seed),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        negative_prompt=settings.negative_prompt,
-        width=settings.width,
-        height=settings.height,
-        cross_attention_kwargs={"scale": settings.lora_scale} if scaled else None,
-    )
+    adapter_scale = None
+    with contextlib.ExitStack() as ways:
+        ways.enter_context(samplers.used(pipe, settings.sampler))
+        if settings.path == "fast":
+            ways.enter_context(drawing.prepared(pipe, settings.lora_scale))
+        elif settings.lora_scale != 1:
+            adapter_scale = {"scale": settings.lora_scale}
+        result = pipe(
+            settings.prompt,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            negative_prompt=settings.negative_prompt,
+            width=settings.width,
+            height=settings.height,
+            cross_attention_kwargs=adapter_scale,
+        )
     return add_metadata(result.images[0], settings.model_dump())
-
-
-def _sampler(name: str) -> Any:
-    known = {scheduler.name: scheduler for scheduler in KarrasDiffusionSchedulers}
-    if name not in known:
-        raise BunnyLoraError(f"No sampler {name[:100]!r}: diffusers has {', '.join(sorted(known))}.")
-    return getattr(diffusers, name)

@@ -61,6 +61,15 @@ def snr_weights(
     return snr.clamp(max=gamma) / divisor
 
 
-def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error of each sample, float32 [N], whatever the inputs' precision."""
-    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+def loss_per_sample(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean squared error of each sample, float32 [N], whatever the inputs' precision.
+
+    With a `mask`, float32 [N, 1, H, W] of weights, it is the weighted mean.
+    """
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    weights = mask.expand_as(errors).flatten(1)
+    return (errors.flatten(1) * weights).sum(1) / weights.sum(1)

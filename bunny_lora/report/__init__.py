@@ -3,26 +3,36 @@
 Everything that notebooks and the command line call is a name of this package.
 """
 
+from bunny_lora.report.axes import axes_chart, axes_table
+from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, read_choice
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
     dropped_table,
     dropped_text,
+    weak_spots_text,
 )
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
 from bunny_lora.report.trait_scores import traits_chart, traits_table
+from bunny_lora.report.trait_sheet import trait_sheet
 
 __all__ = [
+    "axes_chart",
+    "axes_table",
     "before_after_grid",
     "characters_chart",
     "checkpoint_grid",
+    "choice_chart",
+    "choice_grid",
+    "choice_table",
     "contact_sheet",
     "dropped_table",
     "dropped_text",
     "loss_curve",
+    "read_choice",
     "read_log",
     "read_result",
     "run_summary",
@@ -30,6 +40,8 @@ __all__ = [
     "save_figure",
     "scores_chart",
     "scores_table",
+    "trait_sheet",
     "traits_chart",
     "traits_table",
+    "weak_spots_text",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
+from bunny_lora.config import Config
 from bunny_lora.core import paths
 from bunny_lora.core.files import is_file
 from bunny_lora.data.images import open_rgb
 from bunny_lora.data.summary import remarks
 from bunny_lora.dataset import read_samples
+from bunny_lora.prepare import find_weak_spots
 from bunny_lora.report.plot import (
     BLUE,
     INK,
@@ -40,6 +43,7 @@ CAPTION_PT = 7
 MAX_CHARACTERS = 12
 HALO = [withStroke(linewidth=3, foreground="white")]  # against a background of the same colour
 THUMBNAIL_PX = 160
+TEXT_WIDTH = 110
 
 
 def contact_sheet(data_dir: Path, n: int = 12, columns: int = 4) -> Figure:
@@ -133,6 +137,23 @@ def dropped_text(summary: dict[str, Any]) -> str:
     wide = max((len(str(item["frame_id"])) for item in dropped), default=0)
     lines += [f"        {item['frame_id']!s:<{wide}}  {item['reason']}" for item in dropped]
     lines += remarks(summary)
+    return "\n".join(lines)
+
+
+def weak_spots_text(config: Config) -> str:
+    """Return what a run would learn badly of the prepared data, each with the key that answers it."""
+    spots = find_weak_spots(config)
+    if not spots:
+        return "No weak spots found in these data"
+    wide = max(len(spot.what) for spot in spots)
+    lines = ["Weak spots of these data, and the key that answers each:"]
+    for spot in spots:
+        mark = "set already: " if spot.is_answered(config) else ""
+        texts = (f"{spot.what:<{wide}}  {spot.who}", f"{'':<{wide}}  -> {mark}{spot.answer}")
+        lines += [
+            textwrap.fill(text, TEXT_WIDTH, initial_indent="  ", subsequent_indent=" " * (wide + 4))
+            for text in texts
+        ]
     return "\n".join(lines)
 
 

@@ -87,7 +87,8 @@ def before_after_grid(run_dir: Path, max_rows: int = 8, max_images: int = 2) -> 
         shown = crops.get(character, [])[:2]
         if shown:  # other crops for the character's next prompt
             crops[character] = [*crops[character][2:], *shown]
-        labels.append(prompt if shown else f"{prompt} (names nobody: should not change)")
+        named = prompt or "the empty prompt"
+        labels.append(prompt if shown else f"{named} (names nobody: should not change)")
         keys = [key for key in generated["final"] if key[:2] == (character, prompt)][:n_seeds]
         images = [generated[model].get(key) for model in ("base", "final") for key in keys]
         cells.append([*shown, *[None] * (2 - len(shown)), *images])

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bunny_lora.core import eval_result
-from bunny_lora.core.eval_result import EvalResult, Interval, ScoreTable
+from bunny_lora.core.eval_result import EvalResult, Interval, ScoreTable, sees
 from bunny_lora.report.plot import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
 
 TABLE_WIDTH = 82
@@ -35,6 +35,8 @@ def conditions(result: EvalResult) -> str:
     settings = result.settings
     size, steps = settings.resolution, settings.num_inference_steps
     text = f"{result.base_model}, {size} px, {steps} denoising steps"
+    if (features := sees(settings.features)) != settings.features:
+        text += f"; {features}"
     return f"{text}; {result.warning}" if result.warning else text
 
 
@@ -119,8 +121,23 @@ def _headline(result: EvalResult) -> str:
     return f"The LoRA {'raised' if change.mean > 0 else 'lowered'} fidelity: {span}"
 
 
-def _drift_line(ratio: Interval) -> str:
-    return f"that is {number(ratio.mean)} of what another seed changes (1: as much)"
+DRIFTS = {"templates": "without the name", "others": "other subjects", "empty": "the empty prompt"}
+
+
+def drift_lines(result: EvalResult) -> list[str]:
+    """Return a line for each kind of prompts that name nobody; fewer for older files."""
+    return [
+        f"{f'drift, {DRIFTS.get(kind, kind)}':<26}{span(score.ratio)}   1: as another seed"
+        for kind, score in result.drifts.items()
+        if score.ratio
+    ]
+
+
+def span(value: Interval) -> str:
+    """Return a mean with its interval, where it has one."""
+    if value.low is None or value.high is None:
+        return f"{number(value.mean):>6}"
+    return f"{number(value.mean):>6} ({number(value.low)} to {number(value.high)})"
 
 
 def scores_table(result: EvalResult) -> str:
@@ -140,9 +157,9 @@ def scores_table(result: EvalResult) -> str:
     lines += [
         "-" * TABLE_WIDTH,
         f"drift of prompts without a name {number(drift.mean)} (0: nothing changed), n = {drift.n}",
-        *([_drift_line(result.drift_ratio)] if result.drift_ratio else []),
+        *drift_lines(result),
         f"separation by guessing {result.reference.chance_level:.3f}",
-        f"features: {result.settings.features}; {result.seconds_per_image:.1f} s an image",
+        f"features: {sees(result.settings.features)}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bunny_lora.core.eval_result import EvalResult, Interval, TraitScore, TraitScores
+from bunny_lora.core.eval_result import EvalResult, TraitScore, TraitScores
 from bunny_lora.report.plot import LABEL_PT, SMALL_PT, Plot, clean, cut
-from bunny_lora.report.scores import conditions, number
+from bunny_lora.report.scores import conditions, drift_lines, number, span
 
 NO_TRAITS = "No traits were read: evaluation.traits names none."
 CELL_IN = 0.42
@@ -20,18 +20,17 @@ def traits_table(result: EvalResult) -> str:
         return NO_TRAITS
     final, names = found.identity["final"], list(found.traits)
     lines = [
-        f"{'identity':<26}{_span(final['all'])}   0: the base model, 1: the character itself",
-        f"{'as asked':<26}{_span(found.asked['final'])}   base {number(found.asked['base'].mean)},"
+        f"{'identity':<26}{span(final['all'])}   0: the base model, 1: the character itself",
+        f"{'as asked':<26}{span(found.asked['final'])}   base {number(found.asked['base'].mean)},"
         f" renders {number(found.asked['ceiling'].mean)}",
-        f"{'another one mixed in':<26}{_span(found.another['final'])}   base"
+        f"{'another one mixed in':<26}{span(found.another['final'])}   base"
         f" {number(found.another['base'].mean)}, renders {number(found.another['ceiling'].mean)}",
     ]
     if nobody := found.nobody.get("final"):
         base = number(found.nobody["base"].mean)
-        lines.append(f"{'heroes on nobody':<26}{_span(nobody)}   base {base}")
-    if result.drift_ratio:
-        lines.append(f"{'drift':<26}{_span(result.drift_ratio)}   1: as another seed")
+        lines.append(f"{'heroes on nobody':<26}{span(nobody)}   base {base}")
     lines += [
+        *drift_lines(result),
         "",
         _counting(found),
         "",
@@ -55,12 +54,6 @@ def _place(score: TraitScore) -> float | None:
     if base is None or final is None or score.ceiling - base < 0.05:  # nothing to learn
         return None
     return (final - base) / (score.ceiling - base)
-
-
-def _span(value: Interval) -> str:
-    if value.low is None or value.high is None:
-        return f"{number(value.mean):>6}"
-    return f"{number(value.mean):>6} ({number(value.low)} to {number(value.high)})"
 
 
 def traits_chart(result: EvalResult) -> Figure:

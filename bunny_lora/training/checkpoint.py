@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bunny_lora.core import eval_result, files
+from bunny_lora.core import choice, eval_result, files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters
 
@@ -259,9 +259,9 @@ def _is_milestone(folder: Path) -> bool:
 def _evaluated(run_dir: Path, checkpoints: Iterable[Path], *, say: bool) -> set[str]:
     """Return the names that the evaluation speaks of; all of them where it cannot be understood."""
     try:
-        result = eval_result.find(run_dir)
+        result, chosen = eval_result.find(run_dir), choice.find(run_dir)
     except BunnyLoraError as error:
         if say:
             print(f"All checkpoints stay, since the evaluation may speak of them. {error}")
         return {folder.name for folder in checkpoints}
-    return set(result.models) if result else set()
+    return (set(result.models) if result else set()) | ({chosen.best.model} if chosen else set())

@@ -26,6 +26,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.data.images import SUFFIXES, inspect
 from bunny_lora.data.metadata import METADATA, json_lines
 from bunny_lora.errors import BunnyLoraError, LeftOutError
+from bunny_lora.model import components
 from bunny_lora.training import validation
 from bunny_lora.training.validation import ValidationImage
 
@@ -174,7 +175,7 @@ def _settings(pipe: StableDiffusionPipeline, config: Config, base_sha256: str) -
         "seed": config.training.seed,
         "num_inference_steps": config.sampling.num_inference_steps,
         "guidance_scale": config.sampling.guidance_scale,
-        "sampler": type(pipe.scheduler).__name__,
+        "sampler": components.sampler_name(config.base_model, config.sampling.sampler),
         "base_model": config.base_model,
         "base_sha256": base_sha256,
         "precision": str(pipe.unet.dtype).removeprefix("torch."),

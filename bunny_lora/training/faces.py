@@ -16,10 +16,10 @@ from torch.nn.functional import normalize
 
 from bunny_lora.core.progress import progress
 from bunny_lora.data.frames import FaceNames, Sample
+from bunny_lora.data.images import FACE_TO_HEAD
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.model.image_encoder import FeatureExtractor
 
-FACE_TO_CROP = 2.5  # the crop's side over the face box's: face, ears and shoulders
 MARGIN = 0.05  # of cosines summed: how far the best match has to be before the second best
 MAX_MATCHES = 5040  # of names and faces in a picture: four of ten
 
@@ -64,7 +64,7 @@ def _vectors(images: ImageDataset, index: int, encode: FeatureExtractor) -> torc
     sample = images.samples[index]
     if not (sample.characters and sample.faces):
         return torch.empty(0, 0)
-    return encode([images.face(index, face, FACE_TO_CROP) for face in range(len(sample.faces))])
+    return encode([images.face(index, face, FACE_TO_HEAD) for face in range(len(sample.faces))])
 
 
 def _prototypes(samples: Sequence[Sample], vectors: list[torch.Tensor]) -> dict[str, torch.Tensor]:

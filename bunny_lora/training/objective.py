@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,7 +84,11 @@ class Learner:
         device = self.components.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(training.seed, "dropout", position))
-            losses = self._losses(_join(batches), preserved)
+            if len({batch.latents.shape[1:] for batch in batches}) == 1:
+                batches = [Batch.joined(batches)]
+            first, *others = batches
+            losses = self.losses(first, preserved)
+            losses = torch.cat([losses, *(self.losses(batch, []) for batch in others)])
         prior_weight = self.config.prior_preservation.prior_loss_weight
         instance, *prior = losses.split(training.batch_size)
         return instance.mean() + sum(prior_weight * part.mean() for part in prior)
@@ -109,7 +113,13 @@ class Learner:
         count = scheduler.config.num_train_timesteps
         return images.batch(training.seed, position, training.batch_size, count)
 
-    def _losses(self, batch: Batch, preserved: list[int]) -> torch.Tensor:
+    def losses(self, batch: Batch, preserved: Sequence[int] = ()) -> torch.Tensor:
+        """Return the loss of each sample of a batch, float32 [N].
+
+        Args:
+            batch: whose noise, timesteps and captions are taken as they are.
+            preserved: which samples are to be as the model without its LoRA predicts.
+        """
         scheduler, device = self.components.noise_scheduler, self.components.device
         alphas_cumprod, kind = scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type
         latents, noise = batch.latents.to(device), batch.noise.to(device)
@@ -120,12 +130,13 @@ class Learner:
         weights = torch.ones(len(latents), device=device)
         if preserved:
             captions = [batch.captions[row] for row in preserved]
-            base = self._base_prediction(noisy_latents[preserved], timesteps[preserved], captions)
             rows = torch.tensor(preserved, device=device)
+            base = self._base_prediction(noisy_latents[rows], timesteps[rows], captions)
             target = target.index_copy(0, rows, base)
-            weights[preserved] = self.config.preservation.weight
+            weights[rows] = self.config.preservation.weight
         prediction = self.components.unet(noisy_latents, timesteps, self.encode(batch.captions)).sample
-        losses = weights * diffusion.loss_per_sample(prediction, target)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        losses = weights * diffusion.loss_per_sample(prediction, target, mask)
         if (gamma := self.config.training.snr_gamma) is not None:
             losses = losses * diffusion.snr_weights(timesteps, alphas_cumprod, gamma, kind)
         return losses
@@ -152,12 +163,3 @@ def _preserved_caption(
     if chance < EMPTY + CLASS or not names:
         return class_prompt
     return without_names(caption, names)
-
-
-def _join(batches: list[Batch]) -> Batch:
-    return Batch(
-        torch.cat([batch.latents for batch in batches]),
-        torch.cat([batch.noise for batch in batches]),
-        torch.cat([batch.timesteps for batch in batches]),
-        [caption for batch in batches for caption in batch.captions],
-    )

@@ -54,13 +54,15 @@ def missing_samples(run_dir: Path, config: Config, step: int) -> list[Validation
 
 def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
     """Return how a run draws a prompt, for its samples and for its evaluation."""
+    sampling = config.sampling
     return image_settings(
         prompt=prompt,
         seed=seed,
         width=config.resolution,
         height=config.resolution,
-        sampler=components.sampler_name(config.base_model),
-        **config.sampling.model_dump(),
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        sampler=components.sampler_name(config.base_model, sampling.sampler),
     )
 
 

@@ -63,7 +63,7 @@ def draw_character(canvas: Canvas, character: Character, light: str) -> Extent:
     top = character.y - rig.lift * character.height
     pen = Pen.at(canvas, character.x, top, character.height, mirrored=mirrored)
     pen.tint = palette.TINT[light]
-    pen.line = max(0.0135, 0.55 * canvas.pixel / character.height)
+    pen.line = canvas.style.line * max(0.0135, 0.55 * canvas.pixel / character.height)
     own_left = -1 if mirrored else 1
     spine = np.degrees(np.arctan2(rig.chest[0] - rig.hip[0], rig.hip[1] - rig.chest[1]))
     trunk = pen.child(*rig.chest, turn=float(spine))
@@ -72,7 +72,7 @@ def draw_character(canvas: Canvas, character: Character, light: str) -> Extent:
     if character.pose != "sleeping":
         _draw_arms(pen, trunk, character, rig)
         outfits.draw_at_neck(trunk, traits.outfit, cloth)
-    head = pen.child(*rig.head, turn=rig.tilt)
+    head = pen.child(*rig.head, turn=rig.tilt, scale=canvas.style.head)
     face = _draw_head(head, character, turn, own_left)
     if character.pose == "sleeping":
         _draw_arms(pen, trunk, character, rig)

@@ -19,6 +19,7 @@ def add_world(parser: argparse.ArgumentParser) -> None:
     film.add_argument("--frames", type=int, default=65, help="usable frames (65)")
     film.add_argument("--seed", type=int, default=0)
     film.add_argument("--fresh-heroes", type=int, metavar="SEED", help="four others than the demo's")
+    film.add_argument("--style", default="plain", help="plain, storybook or neon: how it is drawn")
     film.set_defaults(run=_film)
 
     pretrain = commands.add_parser("pretrain", help="train Bunny World's own models, or go on")
@@ -73,8 +74,13 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _film(options: argparse.Namespace) -> None:
     from bunny_lora.world.attributes import HEROES, fresh_heroes
+    from bunny_lora.world.drawing import STYLES
     from bunny_lora.world.film import write_film
 
     heroes = HEROES if options.fresh_heroes is None else fresh_heroes(options.fresh_heroes)
-    film = write_film(options.out, n_frames=options.frames, seed=options.seed, heroes=heroes)
+    if (style := STYLES.get(options.style)) is None:
+        raise BunnyLoraError(f"--style {options.style}: there are {', '.join(STYLES)}.")
+    film = write_film(
+        options.out, n_frames=options.frames, seed=options.seed, heroes=heroes, style=style
+    )
     print(relative(film))

@@ -10,10 +10,40 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 Points = np.ndarray
 Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a film is drawn: width of outlines and size of heads over the usual, and its palette.
+
+    `saturation` 0 is grey, 1 as ever, and `tint` the factor of each colour of the whole picture.
+    """
+
+    line: float = 1.0
+    head: float = 1.0
+    saturation: float = 1.0
+    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def develop(self, image: Image.Image) -> Image.Image:
+        """Return a finished picture in this palette."""
+        if self.saturation != 1.0:
+            image = ImageEnhance.Color(image).enhance(self.saturation)
+        if self.tint != (1.0, 1.0, 1.0):
+            image = image.point([min(255, round(c * tint)) for tint in self.tint for c in range(256)])
+        return image
+
+
+PLAIN = Style()
+STYLES = {
+    "plain": PLAIN,
+    "storybook": Style(line=2.2, head=1.16, saturation=0.62, tint=(1.02, 0.97, 0.86)),
+    "neon": Style(line=0.55, head=0.9, saturation=1.4, tint=(0.9, 0.95, 1.12)),
+}
+"""The style that Bunny World's models know, and two that they never saw."""
 Point = tuple[float, float]
 _PIXEL_FILTER = 0.55  # finished pixels
 
@@ -168,8 +198,10 @@ def _soft_disc() -> Image.Image:
 class Canvas:
     """A picture in the making; all lengths are in picture heights."""
 
-    def __init__(self, size: tuple[int, int], oversampling: int | None = None) -> None:
-        self.size = size
+    def __init__(
+        self, size: tuple[int, int], oversampling: int | None = None, style: Style = PLAIN
+    ) -> None:
+        self.size, self.style = size, style
         self.oversampling = oversampling or (4 if max(size) <= 256 else 2)
         self.unit = size[1] * self.oversampling
         self.aspect = size[0] / size[1]
@@ -216,7 +248,7 @@ class Canvas:
     def finish(self) -> Image.Image:
         """Return the picture at its true size, through a Gaussian pixel filter as in film renderers."""
         sharp = self.image.reduce(self.oversampling)
-        return sharp.filter(ImageFilter.GaussianBlur(_PIXEL_FILTER))
+        return self.style.develop(sharp.filter(ImageFilter.GaussianBlur(_PIXEL_FILTER)))
 
 
 @dataclass

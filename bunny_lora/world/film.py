@@ -33,6 +33,7 @@ from bunny_lora.world.attributes import (
     stage,
 )
 from bunny_lora.world.captions import caption, scene_description
+from bunny_lora.world.drawing import PLAIN, Style
 from bunny_lora.world.renderer import Rendering, render
 
 _LEADS = (8, 5, 4, 2)
@@ -70,10 +71,12 @@ def write_film(
     seed: int = 0,
     size: tuple[int, int] = (640, 360),
     heroes: Mapping[str, Traits] = HEROES,
+    style: Style = PLAIN,
 ) -> Path:
     """Write a stage-4 run with `n_frames` usable frames of `size` pixels, and return `run_dir`.
 
-    Its heroes are the demo's, or any others by name, `attributes.fresh_heroes` for instance.
+    Its heroes are the demo's, or any others by name, `attributes.fresh_heroes` for instance; its style
+    is the one that Bunny World's models know, or another one of `drawing.STYLES`.
 
     The run appears whole or not at all, and the same arguments write the same bytes. Its truth (all
     attributes and boxes of every frame) lies beside it in `world_truth.json`.
@@ -91,7 +94,7 @@ def write_film(
         raise BunnyLoraError(f"{run_dir} exists and is not empty: choose another folder or remove it.")
     with atomic_path(run_dir) as part:
         part.mkdir()
-        _write(part, _takes(n_frames, seed, size[0] / size[1], heroes), seed, size)
+        _write(part, _takes(n_frames, seed, size[0] / size[1], heroes), seed, size, style)
     return run_dir
 
 
@@ -174,13 +177,13 @@ def _takes(n_frames: int, seed: int, aspect: float, heroes: Mapping[str, Traits]
     return takes
 
 
-def _write(folder: Path, takes: list[Take], seed: int, size: tuple[int, int]) -> None:
+def _write(folder: Path, takes: list[Take], seed: int, size: tuple[int, int], style: Style) -> None:
     (folder / "frames").mkdir()
     (folder / "llm_analysis").mkdir()
     records, truths = [], []
     for index, take in enumerate(takes):
         frame_id = f"frame_{_FIRST_FRAME + _FRAME_STEP * index:06d}"
-        rendering = render(take.picture, size)
+        rendering = render(take.picture, size, style)
         if take.defect not in ("failed call", "missing frame"):
             path = folder / "frames" / f"{frame_id}.jpg"
             rendering.image.save(path, quality=92, subsampling=0)

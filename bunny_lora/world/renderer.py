@@ -11,7 +11,7 @@ from PIL import Image
 
 from bunny_lora.world.attributes import Picture
 from bunny_lora.world.characters import draw_character, draw_shadow
-from bunny_lora.world.drawing import Canvas
+from bunny_lora.world.drawing import PLAIN, Canvas, Style
 from bunny_lora.world.scenes import draw_foreground, draw_scene
 
 Box = list[int]
@@ -42,14 +42,14 @@ class Rendering:
         return truth | {"size": list(self.image.size)}
 
 
-def render(picture: Picture, size: tuple[int, int] = (128, 128)) -> Rendering:
+def render(picture: Picture, size: tuple[int, int] = (128, 128), style: Style = PLAIN) -> Rendering:
     """Draw `picture` at `size` (width, height) pixels.
 
     The picture is composed for its `aspect`; at a size of another aspect it is cut or widened at
     the right. The same picture and size give the same pixels. With characters in it the background
     is slightly out of focus; without, it is what the picture is about.
     """
-    canvas = Canvas(size)
+    canvas = Canvas(size, style=style)
     _draw_background(canvas, picture)
     extents = []
     for character in picture.characters:

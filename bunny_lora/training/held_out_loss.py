@@ -1,0 +1,101 @@
+"""How well each checkpoint of a run predicts noise in frames, all of them with the same noise.
+
+Of frames that training did not see it falls while something is learnt, and rises again where frames are
+learnt by heart. One pass a frame and timestep, no picture is drawn: seconds for all checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from bunny_lora.config import Config
+from bunny_lora.core.progress import progress
+from bunny_lora.data.frames import Sample
+from bunny_lora.dataset import ImageDataset, sample_indices
+from bunny_lora.model import adapters, components, devices
+from bunny_lora.model.components import Components
+from bunny_lora.training.latents import EncodedImages, encode_dataset
+from bunny_lora.training.objective import Learner
+
+N_SAMPLES = 96  # about: of each frame several, each with a square, a timestep and noise of its own
+BATCH_SIZE = 8
+SEED = 0  # of no run: all are measured alike
+
+
+def checkpoint_losses(
+    config: Config, folders: Mapping[str, Path], samples: Sequence[Sample], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Return the mean loss of each frame under each checkpoint, float32 [frames] each.
+
+    Noise, timesteps and squares are functions of a frame's place alone, so they are the same for every
+    checkpoint, and for every run on the same frames.
+
+    Args:
+        config: of the run: base model, adapters, how frames are cut.
+        folders: of each name where its adapters lie.
+        samples: the frames.
+        dtype: precision of the base weights.
+    """
+    device = devices.resolve_device(config.device)
+    parts = components.load_components(config.base_model, device, dtype)
+    images = _encode(parts, config, samples)
+    models = _attach(parts, config, next(iter(folders.values())))
+    learner = Learner(parts, config, images, models=models)
+    found = {}
+    bar = progress(folders.items(), desc="loss of checkpoints", total=len(folders))
+    for name, folder in bar:
+        for part, model in models.items():
+            adapters.load_weights(model, folder / part)
+        found[name] = _frame_losses(learner)
+    return found
+
+
+def _encode(parts: Components, config: Config, samples: Sequence[Sample]) -> EncodedImages:
+    images = ImageDataset(
+        samples,
+        resolution=config.resolution,
+        center_crop=config.center_crop,
+        tokenizer=parts.tokenizer,
+    )
+    return encode_dataset(
+        parts.vae,
+        images,
+        config.data_path.parent / "latents",
+        zoom_on_faces=config.zoom_on_faces,
+        stream="held out",
+    )
+
+
+def _attach(parts: Components, config: Config, folder: Path) -> dict[str, PeftModel]:
+    models = {
+        part: adapters.attach(
+            getattr(parts, part),
+            part,
+            config.lora,
+            base_model=config.base_model,
+            seed=config.training.seed,
+        )
+        for part in adapters.adapter_parts(folder)
+    }
+    for part in models:
+        getattr(parts, part).eval()
+    return models
+
+
+@torch.no_grad()
+def _frame_losses(learner: Learner) -> torch.Tensor:
+    """Return the mean over each frame's draws, [frames]."""
+    n = len(learner.images.samples)
+    count = learner.components.noise_scheduler.config.num_train_timesteps
+    n_draws = -(-N_SAMPLES // n)
+    sums = torch.zeros(n)
+    for first in range(0, n * n_draws, BATCH_SIZE):
+        size = min(BATCH_SIZE, n * n_draws - first)
+        batch = learner.images.batch(SEED, first, size, count)
+        frames = torch.tensor(sample_indices(SEED, n, first, size))
+        sums.index_add_(0, frames, learner.losses(batch).cpu())
+    return sums / n_draws
