@@ -42,9 +42,12 @@ demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, hea
 	@echo "  before / after      $(DEMO_RUN)/evaluation/before_after.png"
 	@echo "  report              $(DEMO_RUN)/evaluation/eval.json"
 
+# Tests that are processes of one run themselves, and are timed, have the machine for themselves.
+ALONE := tests/test_processes.py
 test: export HF_HUB_OFFLINE := 1
 test: lint ## Lint, types, fast tests, and the notebooks at smoke size
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore $(ALONE) -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(ALONE)
 	@rm -rf outputs/smoke
 	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	    $(NOTEBOOKS:%=notebooks/%.ipynb)

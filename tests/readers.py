@@ -157,7 +157,10 @@ def by_lycoris(files: Files) -> Iterator[Row]:
 
 
 def by_stable_diffusion_cpp(files: Files) -> Iterator[Row]:
-    """Draw with the model in one file, alone, with the kohya files, and with the LoRA merged in."""
+    """Draw with the model in one file, alone, with the kohya file, and with the LoRA merged in.
+
+    Of the kohya file of every layer it passes over the first, the last and the time embedding.
+    """
     from stable_diffusion_cpp import StableDiffusion
 
     def draw(model: Path, lora: str | None = None) -> Image.Image:
@@ -183,8 +186,7 @@ def by_stable_diffusion_cpp(files: Files) -> Iterator[Row]:
     program = "stable-diffusion-cpp-python"
     yield Row(program, "base model in one file", draw(files.base_file), "base")
     yield Row(program, "checkpoint, lora", draw(files.checkpoint), "lora")
-    for name in LORAS:
-        yield Row(program, f"kohya file, {name}, on it", draw(files.base_file, name), name)
+    yield Row(program, "kohya file, lora, on it", draw(files.base_file, "lora"), "lora")
 
 
 READERS: dict[str, Callable[[Files], Iterator[Row]]] = {

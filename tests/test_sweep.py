@@ -102,10 +102,11 @@ def test_a_point_that_cannot_be_trained_does_not_stop_the_others(
 
 def test_jobs_of_a_cluster_do_the_same(file: Path, project: Path) -> None:
     pytest.importorskip("submitit")
+    file.write_text(file.read_text().replace("[1, 2]", "[1]"))  # Each job is a process, which is slow.
     folder, grid = sweep.read_sweep(file)
     failures = sweep.sweep_on_cluster(grid, folder, {"timeout_min": 5}, cluster="local")
     assert failures == []
-    assert len(sweep.leaderboard(folder, grid)) == 2 and all(run.done for run in grid)
+    assert len(sweep.leaderboard(folder, grid)) == 1 and all(run.done for run in grid)
 
 
 def test_without_a_cluster_it_says_so(

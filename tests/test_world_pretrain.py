@@ -245,14 +245,20 @@ def test_latents_stay_until_the_encoder_changes(tmp_path, vae_dir, part, is_enco
     assert bool(heard) == is_encoded_again
 
 
-def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):
-    for name in ("whole", "parts"):
-        shutil.copytree(vae_dir, tmp_path / name / "vae")
-    pretrain_sd(tmp_path / "whole", **TINY_SD)
+@pytest.fixture(scope="module")
+def whole_sd(tmp_path_factory, vae_dir):
+    """A folder in which training went through without a stop, and its pipeline's."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(vae_dir, folder / "vae")
+    return folder, pretrain_sd(folder, **TINY_SD)
+
+
+def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir, whole_sd):
+    shutil.copytree(vae_dir, tmp_path / "parts" / "vae")
     pretrain_sd(tmp_path / "parts", **TINY_SD, stop_at=2)
     folder = pretrain_sd(tmp_path / "parts", **TINY_SD)
     name = "sd_state.safetensors"
-    assert same(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+    assert same(state_of(whole_sd[0], name), state_of(tmp_path / "parts", name))
     assert (tmp_path / "parts" / "samples" / "000004.png").is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -260,11 +266,10 @@ def test_sd_training_resumes_as_if_never_stopped(tmp_path, vae_dir):
     assert image.shape == (1, 32, 32, 3) and np.isfinite(image).all()
 
 
-def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir):
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        shutil.copytree(vae_dir, folder / "vae")
-    trained = pretrain_sd(first, **TINY_SD)
+def test_sd_training_learns_on_from_an_earlier_one(tmp_path, vae_dir, whole_sd):
+    second = tmp_path / "second"
+    shutil.copytree(vae_dir, second / "vae")
+    trained = whole_sd[1]
     heard = []
     options = TINY_SD | {"report": heard.append, "start_from": trained, "peak_rate": 0.0}
     pretrain_sd(second, **options, stop_at=2)
