@@ -86,6 +86,8 @@ def test_pictures_whose_faces_nobody_looked_for_are_taken_whole_and_that_is_said
     found = cutouts.references(film, ["rex"])
     assert [cutout.box for cutout in found["rex"]] == [None] * 5
     assert found["rex"][0].open().size == (cutouts.CROP_SIZE_PX,) * 2
+    by_features = tiny_config("random-tiny", evaluation={"features": "a/clip"})
+    assert cutouts.tied_faces(film, by_features) is None  # and nothing is loaded for it
     said = capsys.readouterr().out
     assert "rex: no face was found, so whole images stand in" in said and "left out" not in said
 

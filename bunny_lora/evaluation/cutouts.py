@@ -82,14 +82,14 @@ def references(
 def tied_faces(samples: Sequence[Sample], config: Config) -> list[FaceNames] | None:
     """Return whose the faces of each image are, as `face_encoder` or else the judge's features tell.
 
-    Where they are in doubt they stay untied. None where there is nothing to tell them by but palettes.
+    Where they are in doubt they stay untied. None where no face was found, or only palettes could tell.
 
     Raises:
         BunnyLoraError: the encoder cannot be loaded.
     """
     key = "face_encoder" if config.face_encoder else "evaluation.features"
     name = config.face_encoder or config.evaluation.features
-    if name == PALETTE:
+    if name == PALETTE or not any(sample.faces for sample in samples):
         return None
     encoder = load_image_encoder(name, key, devices.resolve_device(config.device).type)
     images = ImageDataset(samples, resolution=config.resolution, center_crop=False)
