@@ -34,7 +34,7 @@ from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import open_rgb
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import cutouts, drift, metrics, protocol, world_traits
+from bunny_lora.evaluation import copies, cutouts, drift, metrics, protocol, world_traits
 from bunny_lora.evaluation.cutouts import CROP_SIZE_PX
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
 from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
@@ -52,7 +52,12 @@ class Reference:
     """What the training data shows: square crops of each character, and all whole frames."""
 
     crops: dict[str, list[Image.Image]]
-    frames: list[Path]
+    samples: list[Sample]
+
+    @property
+    def frames(self) -> list[Path]:
+        """Where the frames lie."""
+        return [sample.path for sample in self.samples]
 
     @classmethod
     def load(cls, data_dir: Path, config: Config) -> Reference:
@@ -67,7 +72,7 @@ class Reference:
         shown = samples if named else subject_of(samples, config)
         found = cutouts.references(shown, named or [SUBJECT], cutouts.tied_faces(shown, config))
         crops = {name: [cutout.open() for cutout in cut] for name, cut in found.items()}
-        return cls(crops, [sample.path for sample in samples])
+        return cls(crops, samples)
 
 
 def evaluate(
@@ -134,6 +139,7 @@ def _score_and_write(
         drift=drifts["templates"].moved,
         drift_ratio=drifts["templates"].ratio,
         drifts=drifts,
+        copies=copies.copies_of(run_dir, config, data.samples, extractor, plan, vectors),
         traits=read,
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
