@@ -114,6 +114,43 @@ class DriftScore(_Rounded):
     )
 
 
+class NearestView(_Rounded):
+    """A picture beside what training saw that is most like it."""
+
+    file: str = Field(description="the picture, from the folder of eval.json")
+    view: str = Field(description="the view, as PNG, from the folder of eval.json")
+    frame: str = Field(description="file name of the frame that the view is cut from")
+    similarity: float = Field(description="cosine of the two, -1 to 1")
+
+
+class Sameness(_Part):
+    """How alike images of one character are that should differ."""
+
+    pictures: Interval = Field(description="mean cosine of `final`'s images of different prompts")
+    training: Interval | None = Field(
+        description="mean cosine of views of different shots in which the character is alone; null"
+        " where there are no two"
+    )
+
+
+class Copies(_Rounded):
+    """Pictures nearer to what training saw than frames are that it did not see."""
+
+    threshold: float = Field(
+        description="cosine to the nearest view of another shot, that 95 % of training's views stay"
+        " below"
+    )
+    n_views: int = Field(ge=1, description="how many views there are: squares, faces, mirror images")
+    above: dict[str, Interval] = Field(
+        description="of `base` and `final`, the share of images of characters that are nearer to a view"
+        " than `threshold`; 0.05 is what held-out frames have, of few shots more"
+    )
+    sameness: dict[str, Sameness] = Field(
+        description="of each character; `pictures` above `training`: the same picture again and again"
+    )
+    nearest: list[NearestView] = Field(description="the images of `final` that are nearest to a view")
+
+
 class EvalSettings(_Part):
     """What must be equal for two evaluations to be comparable."""
 
@@ -297,6 +334,9 @@ class EvalResult(_Part):
         default_factory=dict,
         description="drift of each kind of prompt: `templates` without the name, `others`: other"
         " subjects, `empty`: the empty prompt; none in older files",
+    )
+    copies: Copies | None = Field(
+        None, description="copies of what training saw; null of a single shot, and in older files"
     )
     traits: TraitScores | None = Field(
         None, description="identity by traits; null where `evaluation.traits` names none"

@@ -313,17 +313,13 @@ def _vectors(run_dir: Path, extractor: FeatureExtractor, specs: Sequence[ImageSp
 
 
 def _why(ways: Sequence[Way], verdict: Verdict) -> str:
-    """Say the choice in a sentence: over what the others dropped out, or that they are tied."""
-    others = len(ways) - 1
-    if not others:
+    """Say the choice in a sentence: over what the others dropped out, and who is tied."""
+    if len(ways) == 1:
         return "nothing else was tried"
-    said = {
-        "asked": "draw less of what is asked for",
-        "identity": "look less like the characters",
-        "drift": "change more of what names nobody",
-    }
-    parts = [f"{len(places)} {said[axis]}" for axis, places in verdict.dropped.items() if places]
-    if verdict.tied:
-        rule = "the run's own way" if ways[verdict.chosen].is_own else "the earliest and weakest"
-        parts.append(f"{len(verdict.tied)} cannot be told from it by these pictures, and it is {rule}")
-    return f"of {others} others " + ", ".join(parts)
+    said = {"asked": "in what is asked for", "identity": "in identity", "drift": "in drift"}
+    behind = [f"{len(places)} {said[axis]}" for axis, places in verdict.dropped.items() if places]
+    text = f"of {len(ways) - 1} others {', '.join(behind) or 'none'} clearly behind"
+    if not verdict.tied:
+        return text
+    rule = "the run's own way" if ways[verdict.chosen].is_own else "the earliest and weakest"
+    return f"{text}; {len(verdict.tied)} tied with it, and it is {rule}"

@@ -37,6 +37,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import (
     anchors,
     checklist,
+    copies,
     cutouts,
     drift,
     following,
@@ -62,7 +63,12 @@ class Reference:
     """What the training data shows: square crops of each character, and all whole frames."""
 
     crops: dict[str, list[Image.Image]]
-    frames: list[Path]
+    samples: list[Sample]
+
+    @property
+    def frames(self) -> list[Path]:
+        """Where the frames lie."""
+        return [sample.path for sample in self.samples]
 
     @classmethod
     def load(cls, data_dir: Path, config: Config) -> Reference:
@@ -77,7 +83,7 @@ class Reference:
         shown = samples if named else subject_of(samples, config)
         found = cutouts.references(shown, named or [SUBJECT], cutouts.tied_faces(shown, config))
         crops = {name: [cutout.open() for cutout in cut] for name, cut in found.items()}
-        return cls(crops, [sample.path for sample in samples])
+        return cls(crops, samples)
 
 
 def evaluate(
@@ -154,6 +160,7 @@ def _score_and_write(
         drift=drifts["templates"].moved,
         drift_ratio=drifts["templates"].ratio,
         drifts=drifts,
+        copies=copies.copies_of(run_dir, config, data.samples, extractor, plan, vectors),
         traits=read,
         identity=placed,
         following=asked,

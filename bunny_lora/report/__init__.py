@@ -12,6 +12,7 @@ from bunny_lora.report.data_figures import (
     dropped_text,
     weak_spots_text,
 )
+from bunny_lora.report.extremes import extremes_grid, nearest_grid
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
@@ -31,7 +32,9 @@ __all__ = [
     "contact_sheet",
     "dropped_table",
     "dropped_text",
+    "extremes_grid",
     "loss_curve",
+    "nearest_grid",
     "read_choice",
     "read_log",
     "read_result",

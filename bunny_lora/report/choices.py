@@ -34,11 +34,12 @@ def choice_table(choice: Choice) -> str:
     ]
     if not choice.held_out:
         lines += ["", "It falls for whatever is learnt by heart, too: held_out: 0.1 keeps shots aside."]
-    lines += ["", f"{'':<36}{'as asked':>24}{'identity':>24}{'drift':>24}"]
+    width = max(len(candidate.label) for candidate in choice.candidates)
+    lines += ["", f"{'':<{width + 2}}{'as asked':>24}{'identity':>24}{'drift':>24}"]
     for place, candidate in enumerate(choice.candidates):
         mark = "*" if place == choice.chosen else "=" if place in choice.tied else " "
         spans = [_cell(getattr(candidate, axis)) for axis in AXES]
-        lines.append(f"{mark} {candidate.label:<34}" + "".join(f"{text:>24}" for text in spans))
+        lines.append(f"{mark} {candidate.label:<{width}}" + "".join(f"{text:>24}" for text in spans))
     lines += ["", "* chosen, = tied with it", "", *_chosen_lines(choice)]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -133,6 +133,14 @@ def drift_lines(result: EvalResult) -> list[str]:
     ]
 
 
+def _copy_lines(result: EvalResult) -> list[str]:
+    if result.copies is None:
+        return []
+    above = result.copies.above
+    held_out = f"base {number(above['base'].mean)}, held-out frames 0.050"
+    return [f"{'copies of what it saw':<26}{span(above['final'])}   {held_out}"]
+
+
 def span(value: Interval) -> str:
     """Return a mean with its interval, where it has one."""
     if value.low is None or value.high is None:
@@ -158,6 +166,7 @@ def scores_table(result: EvalResult) -> str:
         "-" * TABLE_WIDTH,
         f"drift of prompts without a name {number(drift.mean)} (0: nothing changed), n = {drift.n}",
         *drift_lines(result),
+        *_copy_lines(result),
         f"separation by guessing {result.reference.chance_level:.3f}",
         f"features: {sees(result.settings.features)}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
