@@ -65,8 +65,13 @@ readers: $(INSTALLED) | $(READERS) ## Have other programs draw with what we expo
 
 # RESOLUTION makes it smaller where 512 px takes too long: make bench RESOLUTION=128
 RESOLUTION ?= 512
-bench: $(INSTALLED) ## Time a training image against the ancestor's, and add it to docs/benchmarks.md
-	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) --append docs/benchmarks.md
+BENCH := --append docs/benchmarks.md
+bench: $(INSTALLED) ## Time training, drawing, starting and growth, and add it to docs/benchmarks.md
+	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH)
+	$(BIN)/python benchmarks/draw.py --resolution $(RESOLUTION) $(BENCH)
+	$(BIN)/python benchmarks/start.py --resolution $(RESOLUTION) $(BENCH)
+	$(BIN)/python benchmarks/growth.py $(BENCH)
+	$(BIN)/python benchmarks/plan.py $(BENCH)
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace

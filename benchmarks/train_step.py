@@ -10,17 +10,11 @@ has medians, spread and the load.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
-import platform
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
+import measuring
 import torch
 from torch.nn.functional import mse_loss
 
@@ -128,40 +122,6 @@ def loss_difference(trainer: LoRATrainer, ancestor: Ancestor) -> float:
     return difference
 
 
-def take_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each work, after a turn that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def table(times: dict[str, list[float]]) -> str:
-    """Return medians, spread and ratios to the ancestor's, in Markdown."""
-    first = statistics.median(next(iter(times.values())))
-    lines = ["| | seconds an image, median | from | to | times as fast |", "|---|---|---|---|---|"]
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        cells = [name, *(f"{x:.3g}" for x in (middle, min(seconds), max(seconds)))]
-        lines.append("| " + " | ".join([*cells, f"{first / middle:.2f}"]) + " |")
-    return "\n".join(lines)
-
-
-def processor() -> str:
-    """Return the processor's name and the widest instructions that torch has found in it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    widest = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {os.cpu_count()} cores, {widest}, {bf16} AVX512-BF16"
-
-
 def measure(base_model: str, resolution: int, repeats: int) -> str:
     """Measure everything and return the section of docs/benchmarks.md."""
     load = os.getloadavg()[0]
@@ -172,41 +132,26 @@ def measure(base_model: str, resolution: int, repeats: int) -> str:
     place = (Path(components.resolve_base_model(base_model)), resolution, parts.device, parts.dtype)
     why_not = choice.why_not(parts.device, parts.dtype)
     works = sides(trainer, ancestor, choice.read(choice.choose("auto" if why_not else "on", *place)))
-    times = take_turns(works, repeats)
+    times = measuring.take_turns(works, repeats)
     told = "no native attention: " if why_not else "native attention, "
     told += choice.explain(*place)
     facts = [
         f"{base_model} at {resolution} px, one image at a time, {parts.dtype}".replace("torch.", ""),
-        f"{processor()}; {torch.get_num_threads()} threads; load {load:.1f} before,"
-        f" {os.getloadavg()[0]:.1f} after; sides in turns, medians of {repeats}",
-        f"Python {platform.python_version()}, torch {torch.__version__}, diffusers"
-        f" {diffusers.__version__}",
         f"losses of ancestor and ours on one micro-batch: {difference:.1e} apart",
-        told,
+        f"{told}; sides in turns, medians of {repeats}",
     ]
-    title = f"## {datetime.date.today()} A training image"
-    return "\n".join([title, "", *(f"- {fact}" for fact in facts), "", table(times), ""])
+    return measuring.section("A training image", facts, measuring.table(times, "an image"), load)
 
 
 def main() -> None:
     """Measure, print, and append to a file where one is named."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base-model", default="random-bk-sdm-tiny")
-    parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = measuring.arguments(__doc__, resolution=512, repeats=5)
     parser.add_argument("--quick", action="store_true", help="random-tiny at 64 px")
-    parser.add_argument("--append", type=Path, help="a file that the results are added to")
     options = parser.parse_args()
     small = ("random-tiny", 64) if options.quick else (options.base_model, options.resolution)
-    with tempfile.TemporaryDirectory() as root:
-        for name in ("params", "notebooks"):
-            (Path(root) / name).mkdir()
-        os.environ["BUNNY_LORA_ROOT"] = root
+    with measuring.project():
         text = measure(*small, options.repeats)
-    print(text)
-    if options.append:
-        with options.append.open("a", encoding="utf-8") as file:
-            file.write("\n" + text)
+    measuring.report(text, options.append)
 
 
 if __name__ == "__main__":

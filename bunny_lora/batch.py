@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from bunny_lora import inference
-from bunny_lora.core.files import sha256
+from bunny_lora.core.files import decoded, sha256
 from bunny_lora.core.image_file import add_metadata, image_settings, is_current, save_image
 from bunny_lora.core.paths import resolve
 from bunny_lora.core.progress import progress
@@ -36,9 +36,12 @@ def read_prompts(path: Path) -> list[str]:
         BunnyLoraError: no such file, no text, or no prompt in it.
     """
     try:
-        lines = resolve(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decoded(resolve(path).read_bytes()).splitlines()
+    except OSError as error:
         raise BunnyLoraError(f"The prompts in {path} cannot be read: {error}.") from None
+    except UnicodeDecodeError as error:
+        message = f"The prompts in {path} are not UTF-8 text (byte {error.start}): save them as UTF-8."
+        raise BunnyLoraError(message) from None
     lines = [line.strip() for line in lines if line.strip()]
     prompts = [line for line in lines if not re.match(r"#+(\s|$)", line)]
     if n_comments := len(lines) - len(prompts):

@@ -86,6 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = _with_config(commands.add_parser("plan", help="what a run will take, by a little of it"))
+    plan.add_argument("--hours", type=float, help="those that there are: more is no-go")
+    plan.set_defaults(run=_plan)
+
     evaluate = _with_config(commands.add_parser("evaluate", help="compare a run with its base model"))
     evaluate.add_argument("--output-dir", type=typed, help="the run's folder")
     evaluate.set_defaults(run=_evaluate)
@@ -216,13 +220,23 @@ def _train(options: argparse.Namespace) -> None:
     LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from bunny_lora.trainer import LoRATrainer
+
+    plan = LoRATrainer(config=open_config(options.config, settings=options.set)).plan()
+    print(plan)
+    if refusals := plan.refusals(options.hours):
+        raise BunnyLoraError(f"no-go: the run would take {'; '.join(refusals)}.")
+    print(f"{'go':<15}bunny-lora train, with the same options")
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from bunny_lora import report
     from bunny_lora.evaluation import evaluate
 
     config = open_config(options.config, settings=options.set, output_dir=options.output_dir)
     result = evaluate(config.run_dir, config=config)
-    print(report.scores_table(result))
+    print(f"{report.axes_table(result)}\n\n{report.scores_table(result)}")
     if result.traits:
         print(f"\n{report.traits_table(result)}")
 
@@ -264,7 +278,7 @@ def _download(options: argparse.Namespace) -> None:
 def models_of(config: Config) -> list[str]:
     """Return every model that a configuration names: of the base, and what looks at pictures."""
     evaluation = config.evaluation
-    encoders = (config.face_encoder, evaluation.features)
+    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
     named = [name for name in encoders if name and name != "palette"]
     return list(dict.fromkeys([config.base_model, *named]))
 

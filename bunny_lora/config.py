@@ -77,6 +77,9 @@ class Config(Section):
     """Pixels a side; best what the base model was taught at."""
     center_crop: bool = True
     """Train on the middle square; false: on squares from all over the picture, with its faces."""
+    aspect_buckets: bool = False
+    """Train on whole pictures instead, of any shape: resized to about the area of the resolution's
+    square, each batch of one size. center_crop then says nothing."""
     random_flip: bool = False
     """Show pictures mirrored as often as not; wrong for characters whose sides differ."""
     zoom_on_faces: bool = False
@@ -84,11 +87,13 @@ class Config(Section):
     face_encoder: str | None = None
     """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
     zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;
-    evaluation compares with the right faces. null: nothing."""
+    evaluation compares with the right faces. null: nothing; evaluation then goes by its features."""
     mask_neighbours: bool = False
     """Learn nothing, in what zoom_on_faces shows of one from near, from the others who are in it."""
     balance_characters: bool = False
     """Show pictures of rare characters more often, so that all are seen about as often."""
+    thin_duplicates: bool = False
+    """Neighbouring pictures that are nearly the same share the weight of one."""
     held_out: float = Field(0.0, ge=0, le=0.5)
     """How much of each character, in whole shots, training does not see, so that `choose` can tell
     learning from learning by heart. 0: nothing."""

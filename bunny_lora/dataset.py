@@ -18,10 +18,16 @@ import torch
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
+from bunny_lora.data.buckets import bucket_of
 from bunny_lora.data.captions import MEDIUM, PORTRAIT, name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
-from bunny_lora.data.images import FACE_TO_BODY, Finder, crop_around, open_rgb, square_around
+from bunny_lora.data.images import (
+    FACE_TO_BODY,
+    Finder,
+    crop_around,
+    open_rgb,
+)
 from bunny_lora.data.metadata import find_table, read_rows
 from bunny_lora.data.summary import (
     caption_tokens,
@@ -34,8 +40,6 @@ from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
 
 FACE_TO_PORTRAIT = 2.5  # where the picture ends before that: not much but a head
-# How far a body reaches from a face, in widths of it to each side, in heights of it up and down.
-BODY_ASIDE, BODY_UP, BODY_DOWN = 0.75, 0.75, 2.5
 
 __all__ = [
     "ImageDataset",
@@ -55,7 +59,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
     `samples[i]` says what is known of picture i, and `face_names[i]` whose its faces are, where they
     were tied to names, see `training.faces`. Item i is float32 [3, H, W] in [-1, 1]. With
     `center_crop`, H = W = `resolution`. Without it, the shorter side is `resolution` and the longer one
-    the nearest multiple of 8, a latent pixel.
+    the nearest multiple of 8, a latent pixel. With `aspect_buckets` they are as `bucket_of` says.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         *,
         resolution: int,
         center_crop: bool,
+        aspect_buckets: bool = False,
         instance_prompt: str = "",
         tokenizer: Any = None,
     ) -> None:
@@ -73,6 +78,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             data_dir: a folder with `metadata.jsonl`, ours or anybody's; or samples that are known.
             resolution: in pixels, a multiple of 8.
             center_crop: cut the middle square, or keep the whole picture.
+            aspect_buckets: keep the whole picture, but for the little by which its shape is another.
             instance_prompt: the caption of lines that have no `text`.
             tokenizer: as in `prepare`, for folders that were prepared without one, or by others.
 
@@ -80,7 +86,8 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             BunnyLoraError: `metadata.jsonl` is missing or broken (names the line), or a picture is
                 missing.
         """
-        self.resolution, self.center_crop = resolution, center_crop
+        self.resolution, self.aspect_buckets = resolution, aspect_buckets
+        self.center_crop = center_crop and not aspect_buckets
         self.face_names: list[FaceNames] | None = None
         if isinstance(data_dir, Path):
             data_dir = read_samples(data_dir, instance_prompt)
@@ -115,21 +122,52 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.to(torch.float32) / 127.5 - 1.0
 
-    def repeats(self, *, balance: bool = True) -> list[int]:
+    def repeats(
+        self, *, balance: bool = True, zoom: bool = False, groups: Sequence[int] | None = None
+    ) -> list[int]:
         """Return how often to show each picture; with `balance`, every character about as often.
 
-        Who is in most pictures sets the measure; a picture counts for the rarest of those in it.
+        Who is in most pictures sets the measure; a picture counts for the rarest of those in it. Where
+        faces were tied to names, a picture counts as far as a character is seen in its views.
+
+        Args:
+            balance: characters, or leave the pictures as they are.
+            zoom: there are views from near.
+            groups: as `near_duplicates` returns them: who is in one shares the weight of one picture.
         """
-        if not balance:
-            return [sample.repeats for sample in self.samples]
-        counts: Counter[str] = Counter()
-        for sample in self.samples:
-            counts.update(dict.fromkeys(sample.characters, sample.repeats))
+        sizes = Counter(groups or range(len(self)))
+        largest = max(sizes.values(), default=1)
+        shared = [1 / sizes[group] for group in groups or range(len(self))]
+        weights = [sample.repeats * part for sample, part in zip(self.samples, shared, strict=True)]
+        if balance:
+            factors = self._rarity(weights, zoom=zoom)
+            weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+        return [max(1, round(weight * largest)) for weight in weights]
+
+    def _rarity(self, weights: list[float], *, zoom: bool) -> list[int]:
+        """Return how many times rarer than the commonest character the rarest of each picture is."""
+        counts: dict[str, float] = {}
+        for index, weight in enumerate(weights):
+            for name, share in self._seen(index, zoom=zoom).items():
+                counts[name] = counts.get(name, 0) + weight * share
         most = max(counts.values(), default=1)
+        seen = [self._seen(index, zoom=zoom) for index in range(len(self))]
         return [
-            sample.repeats * max((round(most / counts[name]) for name in sample.characters), default=1)
-            for sample in self.samples
+            max((round(most / counts[name]) for name, share in names.items() if share), default=1)
+            for names in seen
         ]
+
+    def _seen(self, index: int, *, zoom: bool) -> dict[str, float]:
+        """Return in what share of a picture's views each character is seen."""
+        characters = self.samples[index].characters
+        if self.face_names is None:
+            return dict.fromkeys(characters, 1.0)
+        cut_off = self._cut_off(index)
+        whole = {name: float(name not in cut_off) for name in characters}
+        faces = [self.face_names[index][face] for face in self.faces_to_zoom(index)]
+        if not (zoom and faces):
+            return whole
+        return {name: (share + faces.count(name) / len(faces)) / 2 for name, share in whole.items()}
 
     def faces_to_zoom(self, index: int) -> list[int]:
         """Return which faces of a picture are known by name, so that it is clear who would be seen."""
@@ -144,11 +182,18 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def caption(self, index: int) -> str:
         """Return what item `index` shows: with `center_crop`, nobody whose face was cut off."""
+        sample, cut_off = self.samples[index], self._cut_off(index)
+        if not cut_off:
+            return sample.caption
+        return name_only(sample.caption, self.names - cut_off, cut_off, len(sample.faces))
+
+    def _cut_off(self, index: int) -> set[str]:
+        """Return whose face lies outside the middle square that a picture is cut to."""
         sample = self.samples[index]
         if self.face_names is None or not self.center_crop or not sample.size:
-            return sample.caption
+            return set()
         margins = [(length - min(sample.size)) / 2 for length in sample.size]
-        unseen = {
+        return {
             name
             for name, (x1, y1, x2, y2) in zip(self.face_names[index], sample.faces, strict=True)
             for middle, margin, length in zip(
@@ -156,7 +201,6 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             )
             if name and not margin <= middle <= length - margin
         }
-        return name_only(sample.caption, self.names - unseen, unseen, len(sample.faces))
 
     def zoomed_caption(self, index: int, face: int) -> str:
         """Return what `zoomed` shows; the picture's own caption where faces were not tied to names."""
@@ -170,42 +214,15 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         others = self.names - {name}
         return near_caption(sample.caption, name, others, n_faces=len(sample.faces), shot=shot)
 
-    def own_part(self, index: int, face: int) -> torch.Tensor | None:
-        """Return where `zoomed` shows nobody else, float32 [resolution / 8] squared of 1 and 0.
-
-        Of the others it knows the faces, and takes their bodies to be below; where they stand in each
-        other's way, all counts as the own one's. None where the others are not in the view.
-        """
-        sample, side = self.samples[index], self.resolution // 8
-        if not sample.size:
-            return None
-        left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_BODY)
-        mask = torch.ones(side, side)
-        others = [box for place, box in enumerate(sample.faces) if place != face]
-        for box, value in [*((other, 0.0) for other in others), (sample.faces[face], 1.0)]:
-            x1, y1, x2, y2 = _body(box)
-            rows = [_place((y - top) * side / width) for y in (y1, y2)]
-            columns = [_place((x - left) * side / width) for x in (x1, x2)]
-            mask[slice(*rows), slice(*columns)] = value
-        return None if mask.all() else mask
-
     def _cut(self, image: Image.Image) -> Image.Image:
+        if self.aspect_buckets:
+            bucket = bucket_of(image.size, self.resolution)
+            return ImageOps.fit(image, bucket, Image.Resampling.LANCZOS)
         if self.center_crop:
             return ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale / 8) * 8) for side in image.size)
         return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _body(face: Sequence[float]) -> tuple[float, float, float, float]:
-    """Return a face's box grown to the body below it."""
-    x1, y1, x2, y2 = face
-    aside, height = BODY_ASIDE * (x2 - x1), y2 - y1
-    return x1 - aside, y1 - BODY_UP * height, x2 + aside, y2 + BODY_DOWN * height
-
-
-def _place(coordinate: float) -> int:
-    return max(0, round(coordinate))
 
 
 def is_data(data_dir: Path) -> bool:

@@ -11,7 +11,7 @@ from bunny_lora import dataset, stage4
 from bunny_lora.config import Config
 from bunny_lora.core import files, paths, ranks
 from bunny_lora.core.files import is_inside
-from bunny_lora.data import frames, shots, thumbnails, weak_spots, writing
+from bunny_lora.data import frames, shots, weak_spots, writing
 from bunny_lora.data.folder import CAPTION_NOT_READ, READ
 from bunny_lora.data.summary import describe, remarks
 from bunny_lora.data.weak_spots import WeakSpot
@@ -92,9 +92,8 @@ def find_weak_spots(config: Config) -> list[WeakSpot]:
     tokenizer = components.load_tokenizer(config.base_model)
     samples = dataset.read_samples(config.data_path, **reading(config))
     samples = [writing.fitted(sample, tokenizer) for sample in samples]
-    image_files = [sample.path for sample in samples]
-    pictures = thumbnails.thumbnails(image_files)
-    shot, group = shots.shots(image_files), thumbnails.near_duplicates(pictures)
+    pictures = [sample.path for sample in samples]
+    shot, group = shots.shots(pictures), shots.near_duplicates(pictures)
     facts = weak_spots.Facts(samples, config, tokenizer, shot, group)
     return weak_spots.find_weak_spots(facts)
 

@@ -69,7 +69,7 @@ def read_sweep(path: Path) -> tuple[Path, list[Run]]:
         BunnyLoraError: no such file, something else in it, or a combination that is no configuration.
     """
     try:
-        sweep = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+        sweep = _File.model_validate(parse_yaml(files.decoded(path.read_bytes())))
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
         reason = "; ".join(_reasons(error)) if isinstance(error, ValidationError) else error
         raise BunnyLoraError(

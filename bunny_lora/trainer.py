@@ -28,6 +28,8 @@ from bunny_lora.training import (
 from bunny_lora.training.distributed import ProcessGroup, process_group
 from bunny_lora.training.fingerprint import Fingerprint
 from bunny_lora.training.loop import StepRecord, training_loop
+from bunny_lora.training.plan import Plan
+from bunny_lora.training.rehearsal import make_plan
 from bunny_lora.training.resume import Start
 from bunny_lora.training.setup import set_up
 from bunny_lora.training.supervision import Supervisor
@@ -91,6 +93,15 @@ class LoRATrainer:
                 self.prepare_data()
             self.group.broadcast_from_main(lambda: self._take_folder(held))
             yield from self._train_what_is_left(self.run_dir / "final")
+
+    def plan(self) -> Plan:
+        """Try a little of the run on this machine, and say what all of it, or what is left, will take.
+
+        Raises:
+            BunnyLoraError: no data, no model, impossible settings, or too little memory for a step.
+        """
+        self.prepare_data()
+        return make_plan(self.config)
 
     def generate_image(self, prompt: str, *, seed: int = 42) -> Image.Image:
         """Draw between two steps, with the weights as they are, as the run's samples are drawn."""

@@ -66,11 +66,13 @@ def test_a_file_gone_wrong_is_refused_at_once_and_in_words(tmp_path, name):
     assert len(str(error.value)) < 2000
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_another_encoding_is_named(tmp_path, encoding):
-    (tmp_path / "a.yaml").write_bytes("finetuning: {instance_prompt: café}".encode(encoding))
+def test_a_configuration_in_unicode_is_read_and_another_encoding_named(tmp_path):
+    path, text = tmp_path / "a.yaml", "finetuning: {instance_prompt: café}"
+    path.write_bytes(text.encode("utf-16"))
+    assert load_config(path).instance_prompt == "café"
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(BunnyLoraError, match=r"not UTF-8 text \(byte \d+\)"):
-        load_config(tmp_path / "a.yaml")
+        load_config(path)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "absent.yaml", "."])

@@ -69,6 +69,11 @@ def test_prompts_come_from_lines_of_text(tmp_path: Path, capsys: pytest.CaptureF
     file.write_text(text, encoding="utf-8")
     assert batch.read_prompts(file) == ["ellie, waving", "rex in snow", "#ffcc00 sky, #1 hero"]
     assert "3 of 6 lines in prompts.txt" in capsys.readouterr().out
+    file.write_bytes("ellie, café\r\nrex".encode("utf-16"))  # PowerShell: echo … > prompts.txt
+    assert batch.read_prompts(file) == ["ellie, café", "rex"]
+    file.write_bytes("ellie, café".encode("latin-1"))
+    with pytest.raises(BunnyLoraError, match=r"not UTF-8 text \(byte 10\): save them as UTF-8"):
+        batch.read_prompts(file)
     file.write_text("# nothing yet\n")
     with pytest.raises(BunnyLoraError, match="no prompt in"):
         batch.read_prompts(file)

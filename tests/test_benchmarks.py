@@ -75,3 +75,35 @@ def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path
     rows = re.findall(r"^\| ([^|\n]+) \| ([\d.]+) \|", text, re.MULTILINE)
     assert [name for name, _ in rows][:2] == ["the ancestor's loop", "ours"]
     assert all(float(seconds) > 0 for _, seconds in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("draw", ["--quick"], ["the ancestor's defaults", "ours", "ours: LoRA merged", "four steps"]),
+        ("growth", ["--frames", "2", "3"], ["2", "3"]),
+        (
+            "start",
+            ["--base-model", "random-tiny", "--resolution", "32", "--frames", "2"],
+            ["with data", "warm"],
+        ),
+    ],
+)
+def test_each_benchmark_is_one_command(name, options, rows, tmp_path) -> None:
+    results = tmp_path / "benchmarks.md"
+    command = [sys.executable, str(CHECKOUT / "benchmarks" / f"{name}.py"), *options]
+    subprocess.run(
+        [*command, "--repeats", "1", "--append", str(results)], check=True, capture_output=True
+    )
+    text = results.read_text()
+    assert text.startswith("\n## 20") and "cores" in text and "load" in text and "torch 2." in text
+    assert all(f"\n| {row}" in text for row in rows)
+
+
+def test_rows_have_medians_spread_and_ratios_of_both_clocks() -> None:
+    measuring = runpy.run_path(str(CHECKOUT / "benchmarks" / "measuring.py"))
+    seconds = measuring["Seconds"]
+    times = {"a": [seconds(4, 6), seconds(8, 6), seconds(6, 6)], "b": [seconds(2, 3)]}
+    lines = measuring["table"](times, "an image").splitlines()
+    assert lines[2] == "| a | 6 | 4 | 8 | 1.00 | 6 | 1.00 |"
+    assert lines[3] == "| b | 2 | 2 | 2 | 3.00 | 3 | 2.00 |"

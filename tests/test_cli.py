@@ -77,7 +77,7 @@ def test_download_fetches_the_named_model_or_the_configurations(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     fetched = []
-    monkeypatch.setattr(hub, "download", fetched.append)
+    monkeypatch.setattr(hub, "fetch", fetched.append)
     assert cli.main(["download", "owner/name@v1"]) == 0
     assert cli.main(["download", "--set", "base_model=owner/other"]) == 0
     assert fetched == ["owner/name@v1", "owner/other"]
@@ -178,3 +178,10 @@ def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path, monkeypatch: pyte
     assert cli.weighted(str(tmp_path / "odd=name")) == (str(tmp_path / "odd=name"), 1.0)
     with pytest.raises(BunnyLoraError, match="strong is no number"):
         cli.weighted("a.safetensors=strong")
+
+
+def test_all_models_that_a_configuration_names_can_be_fetched_beforehand() -> None:
+    film = load_config(Path(__file__).parents[1] / "params" / "cpu.yaml")
+    looking = ["facebook/dinov2-small", "openai/clip-vit-base-patch32@refs/pr/66"]
+    assert cli.models_of(film) == ["nota-ai/bk-sdm-tiny", *looking]
+    assert cli.models_of(tiny_config("random-tiny", face_encoder="a/clip")) == ["random-tiny", "a/clip"]

@@ -74,7 +74,9 @@ def test_who_is_meant_is_told_by_the_faces_that_are_tied_to_names(
     film.append(frame(tmp_path, SKIES[2], ["blue"], "ellie"))
     named = cutouts.tied_faces(film, tiny_config("random-tiny", face_encoder="bunny-world"))
     assert named == [("rex",), ("ellie", "rex"), ("ellie",)]
-    assert cutouts.tied_faces(film, tiny_config("random-tiny")) is None
+    by_features = tiny_config("random-tiny", evaluation={"features": "a/clip"})
+    assert cutouts.tied_faces(film, by_features) == named
+    assert cutouts.tied_faces(film, tiny_config("random-tiny")) is None  # palettes tell nobody
 
 
 def test_pictures_whose_faces_nobody_looked_for_are_taken_whole_and_that_is_said(

@@ -398,7 +398,7 @@ def test_a_tokenizer_moves_names_to_where_cutting_cannot_lose_them(root, data_di
         ("[]", "line 1: should read"),
         ('{"file_name": "b.png", "text": "x"}', "line 1: there is no picture 'b.png'"),
         ('{"file_name": "../secret.png", "text": "x"}', "line 1: there is no picture"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe\xff", "not UTF-8"),
     ],
 )
 def test_broken_metadata_names_the_line(data_dir, text, message):

@@ -28,6 +28,7 @@ SETTINGS = {
     "evaluation": {
         "prompts": ["{name}, waving", "a photo of {name}"],
         "num_images_per_prompt": 2,
+        "ceiling_shots": 0,
         "num_drift_images": 4,
         "other_prompts": ["a dog"],
     },
@@ -139,7 +140,7 @@ def test_base_and_lora_draw_the_same_prompts_with_the_same_seeds(evaluated):
     assert drawn["base"] == drawn["final"]
     prompts = {prompt for prompt, _ in drawn["base"]}
     assert {"rex, waving", "a photo of ellie", "waving", "a photo of cartoon character"} <= prompts
-    assert len({seed for _, seed in drawn["base"]}) == 4  # one for each prompt and image
+    assert len({seed for _, seed in drawn["base"]}) == 6  # two of a name's two prompts, four of others
 
 
 def test_base_is_the_lora_at_scale_zero(evaluated):
@@ -167,7 +168,7 @@ def test_other_weights_make_their_own_pictures_stale_and_no_others(copy_of_run):
     (copy_of_run / "checkpoint-15" / "unet").mkdir(parents=True)  # no adapter in it: passed over
     evaluation.evaluate(copy_of_run)
     assert {name.split("/")[0] for name in changed(copy_of_run, before)} == {"final"}
-    assert len(changed(copy_of_run, before)) == 12
+    assert len(changed(copy_of_run, before)) == 20
 
 
 def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
@@ -198,7 +199,12 @@ def test_frames_that_show_one_character_alone_are_preferred():
 def test_data_without_names_has_one_subject(root, tmp_path):
     write_data(tmp_path, {"nobody": "#cc3333"})
     shutil.copytree(root / "outputs" / "run" / "final", tmp_path / "run" / "final")
-    changes = {"instance_prompt": "a caption", "evaluation": {"num_images_per_prompt": 1}}
+    changes = {"instance_prompt": "a caption"}
+    changes["evaluation"] = {
+        "num_images_per_prompt": 1,
+        "ceiling_shots": 1,
+        "prompt_features": "bunny-world",
+    }
     config = load_config(root / "outputs" / "run" / "config.yaml", changes)
     result = evaluation.evaluate(
         tmp_path / "run", config=config, data_dir=tmp_path / "training_data" / "instance_images"
@@ -206,6 +212,10 @@ def test_data_without_names_has_one_subject(root, tmp_path):
     assert result.settings.characters == [protocol.SUBJECT]
     assert result.reference.chance_level == 1
     assert "a caption, waving" in {picture.prompt for picture in result.images}
+    assert result.identity.anchors[protocol.SUBJECT].ceiling.n == 1
+    assert set(result.following.models) == set(result.colour.models) == {"base", "final"}
+    of_subject = [picture for picture in result.images if picture.character == protocol.SUBJECT]
+    assert all(picture.following is not None for picture in of_subject)
 
 
 @pytest.mark.parametrize("prompt", ["my toon", "cartoon bunny", ""])
@@ -241,11 +251,13 @@ def test_data_that_nobody_prepared_is_judged_whole(root, tmp_path):
     assert result.reference.n_frames == 3
     assert set(result.models["final"].characters) == {protocol.SUBJECT}
     prompts = [picture.prompt for picture in result.images if picture.model == "final"]
-    assert prompts == [
+    assert list(dict.fromkeys(prompts)) == [
         "my toon, waving",
         "a photo of my toon",
         "waving",
         "a photo of cartoon character",
+        "a dog",
+        "",
     ]
     assert len(list(tmp_path.glob("run/evaluation/images/training/subject-*.png"))) == 3
 

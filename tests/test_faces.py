@@ -15,7 +15,7 @@ from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.image_encoder import FeatureExtractor
-from bunny_lora.training import faces, latents, setup
+from bunny_lora.training import faces, latents, masks, setup
 
 FURS = {"ellie": "red", "rex": "lime", "phil": "blue", "nobody": "yellow", "grey": "#808080"}
 PLACES = [(10, 20, 18, 28), (44, 20, 52, 28), (78, 20, 86, 28)]  # far enough apart for crops of one
@@ -187,9 +187,9 @@ def test_neighbours_in_a_view_from_near_are_masked(tmp_path: Path, mirrored: boo
     masked = mask.flip(-1) == 0 if mirrored else mask == 0
     assert masked.any(0).tolist() == [False] * 7 + [True]  # 52 - 6 px is 28 of 32 px into the view
     assert masked[:, 7].tolist() == [False] + [True] * 7
-    assert images.own_part(0, 1) is not None
+    assert masks.own_part(images, 0, 1) is not None
     images.samples = [replace(sample, faces=(sample.faces[0],))]
-    assert images.own_part(0, 0) is None
+    assert masks.own_part(images, 0, 0) is None
 
 
 @pytest.fixture
@@ -270,9 +270,8 @@ def test_what_is_masked_counts_for_nothing_in_the_loss(
     plain = learner.loss(0)
     views = learner.images.views
     half = torch.ones(4, 4).index_fill(1, torch.tensor([0, 1]), 0.0)
-    masks = [half, 1 - half]
     losses = []
-    for mask in masks:
+    for mask in (half, 1 - half):
         masked = [[replace(view, mask=mask) for view in of_one] for of_one in views]
         learner.images = replace(learner.images, views=masked)
         losses.append(learner.loss(0))

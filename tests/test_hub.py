@@ -1,26 +1,34 @@
-"""The way to a hub's model, in processes of their own that talk to a hub on loopback."""
+"""The way to a hub's model, on loopback: two commands in processes of their own, the rest in this."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CHECKOUT, draw_frames, tiny_config
 from hub_server import COMMIT, Hub, serving
+from huggingface_hub import close_session, constants
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from bunny_lora.cli import main
 from bunny_lora.config import Config
 from bunny_lora.core.values import split_revision
-from bunny_lora.model import random_models
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import components, random_models
+from bunny_lora.model import hub as hubs
 from bunny_lora.training import fingerprint
 from bunny_lora.training.fingerprint import Fingerprint, mathematical_differences
 
+NOBODY = "http://127.0.0.1:9"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -59,10 +67,10 @@ def hub(published: Path) -> Iterator[Hub]:
 
 
 def bunny(hub: Hub, root: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """Run Python against the hub, with a cache below the root."""
+    """Run a command in a process of its own against the hub, with a cache below the root."""
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "0"}
     settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-m", "bunny_lora", *arguments]
     env = os.environ | settings | env
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
 
@@ -70,7 +78,7 @@ def bunny(hub: Hub, root: Path, *arguments: str, **env: str) -> subprocess.Compl
 def test_only_what_is_loaded_is_fetched_with_a_bar_and_a_run_starts_from_it(
     hub: Hub, project: Path
 ) -> None:
-    done = fetch(hub, project, hub.name)
+    done = bunny(hub, project, "download", hub.name)
     assert done.returncode == 0, done.stderr
     assert f"Downloading {hub.name}, commit {COMMIT[:12]}: 11 of its " in done.stdout
     assert "100%" in done.stderr
@@ -81,16 +89,8 @@ def test_only_what_is_loaded_is_fetched_with_a_bar_and_a_run_starts_from_it(
     draw_frames(project / "data" / "instance_images", 2)
     config = tiny_config(f"{hub.name}@main", training={"max_train_steps": 1})
     (project / "params" / "tiny.yaml").write_text(config.to_yaml())
-    trained = bunny(
-        hub,
-        project,
-        "-m",
-        "bunny_lora",
-        "train",
-        "--config",
-        "params/tiny.yaml",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
+    train = ("train", "--config", "params/tiny.yaml")
+    trained = bunny(hub, project, *train, HF_ENDPOINT=NOBODY)
     assert trained.returncode == 0, trained.stderr
     assert not hub.asked
     assert json.loads((project / "run/provenance.json").read_text())["base_commit"] == COMMIT
@@ -102,35 +102,54 @@ def test_only_what_is_loaded_is_fetched_with_a_bar_and_a_run_starts_from_it(
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (hub.name, "main")
 
 
-def fetch(hub: Hub, root: Path, name: str, **env: str) -> subprocess.CompletedProcess:
-    """Download without the command line, whose start takes longer."""
-    code = (
-        "from bunny_lora import errors; from bunny_lora.model import hub\n"
-        "hub.constants.DOWNLOAD_CHUNK_SIZE = 65536\n"  # What has not filled one is asked for again.
-        f"try: hub.download({name!r})\n"
-        "except errors.BunnyLoraError as error: exit(str(error))"
-    )
-    return bunny(hub, root, "-c", code, **env)
+@contextlib.contextmanager
+def reached(root: Path, address: str, *, offline: bool = False) -> Iterator[None]:
+    """Do in this process what HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE do in one that starts."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(constants, "ENDPOINT", address)
+        urls = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)
+        patch.setattr(constants, "HF_HUB_CACHE", str(root / "hf" / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        # What has not filled one is asked for again.
+        patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 65536)
+        close_session()
+        try:
+            yield
+        finally:
+            close_session()
+
+
+def fetch(hub: Hub, root: Path, name: str, address: str = "", *, offline: bool = False) -> str:
+    """Download a model; return the refusal, empty where there is none."""
+    with (
+        reached(root, address or hub.address, offline=offline),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        try:
+            hubs.download(name)
+        except BunnyLoraError as error:
+            return str(error)
+    return ""
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, project: Path) -> None:
     hub.cut = WEIGHTS
-    done = fetch(hub, project, hub.name)
-    assert done.returncode == 0, done.stderr
+    assert not fetch(hub, project, hub.name)
     half = (hub.folder / WEIGHTS).stat().st_size // 2
     assert hub.ranges == [f"{WEIGHTS} {half // 65536 * 65536}"]
 
 
 def test_after_a_download_that_failed_only_what_is_missing_is_fetched(hub: Hub, project: Path) -> None:
     hub.cut, hub.cuts = WEIGHTS, 99
-    half = fetch(hub, project, hub.name)
-    assert half.returncode == 1 and "Traceback" not in half.stderr
-    assert "arrived whole are kept" in half.stderr
-    assert f"`bunny-lora download {hub.name}` fetches the others" in half.stderr
+    refusal = fetch(hub, project, hub.name)
+    assert "arrived whole are kept" in refusal
+    assert f"`bunny-lora download {hub.name}` fetches the others" in refusal
     arrived = hub.fetched - {WEIGHTS}
     hub.cut = None
     hub.asked.clear()
-    assert fetch(hub, project, hub.name).returncode == 0
+    assert not fetch(hub, project, hub.name)
     assert WEIGHTS in hub.fetched and len(arrived) > 5 and not hub.fetched & arrived
 
 
@@ -139,24 +158,21 @@ def test_after_a_download_that_failed_only_what_is_missing_is_fetched(hub: Hub, 
     [
         ("nobody/nothing", {}, "knows no nobody/nothing"),
         ("somebody/tiny@v9", {}, "somebody/tiny has no revision v9"),
-        ("somebody/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "not wholly in the hub's cache"),
-        ("somebody/tiny", {"HF_HUB_OFFLINE": "1"}, "is not in the hub's cache, and HF_HUB_OFFLINE"),
+        ("somebody/tiny", {"address": NOBODY}, "not wholly in the hub's cache"),
+        ("somebody/tiny", {"offline": True}, "is not in the hub's cache, and HF_HUB_OFFLINE"),
         ("not/a/name", {}, "neither a folder here nor a name that the hub could have"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_explained(
     name: str, settings: dict, message: str, hub: Hub, project: Path
 ) -> None:
-    failed = fetch(hub, project, name, **settings)
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert message in failed.stderr
+    assert message in fetch(hub, project, name, **settings)
 
 
 def test_a_gated_model_says_where_its_terms_are(hub: Hub, project: Path) -> None:
     hub.gated = True
-    failed = fetch(hub, project, hub.name)
-    assert failed.returncode == 1
-    assert f"is gated: accept its terms at {hub.address}/{hub.name}" in failed.stderr
+    terms = f"is gated: accept its terms at {hub.address}/{hub.name}"
+    assert terms in fetch(hub, project, hub.name)
 
 
 def test_a_model_of_pickles_alone_is_refused(published: Path, project: Path, tmp_path: Path) -> None:
@@ -164,27 +180,25 @@ def test_a_model_of_pickles_alone_is_refused(published: Path, project: Path, tmp
     shutil.copytree(published, folder)
     (folder / WEIGHTS).unlink()
     with serving(Hub(folder)) as hub:
-        failed = fetch(hub, project, hub.name)
-    assert failed.returncode == 1
-    assert f"it has no {WEIGHTS}. Weights as pickles" in failed.stderr
+        assert f"it has no {WEIGHTS}. Weights as pickles" in fetch(hub, project, hub.name)
 
 
 def test_a_model_that_has_only_the_fp16_variant_is_fetched_and_read(
-    published: Path, project: Path, tmp_path: Path
+    published: Path, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "variant"
     shutil.copytree(published, folder)
     (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
     beside = folder / "vae/diffusion_pytorch_model.fp16.safetensors"
     shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", beside)
-    load = "import torch; from bunny_lora.model import components as c\n"
-    load += "c.load_components('somebody/tiny', torch.device('cpu'), torch.float32)"
     with serving(Hub(folder)) as hub:
-        assert fetch(hub, project, hub.name).returncode == 0
-        variants = [path for path in hub.fetched if "fp16" in path]
-        loaded = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
-    assert variants == ["unet/diffusion_pytorch_model.fp16.safetensors"]
-    assert "somebody/tiny holds variants of its weights" in loaded.stdout, loaded.stderr
+        assert not fetch(hub, project, hub.name)
+    assert [path for path in hub.fetched if "fp16" in path] == [
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    ]
+    with reached(project, NOBODY):
+        components.load_components(hub.name, torch.device("cpu"), torch.float32)
+    assert "somebody/tiny holds variants of its weights" in capsys.readouterr().out
 
 
 def test_of_a_model_of_another_kind_only_the_configuration_is_fetched(
@@ -195,8 +209,7 @@ def test_of_a_model_of_another_kind_only_the_configuration_is_fetched(
     told = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(told | {"in_channels": 9}))
     with serving(Hub(folder)) as hub:
-        failed = fetch(hub, project, hub.name)
-    assert failed.returncode == 1 and "somebody/tiny is an inpainting model" in failed.stderr
+        assert "somebody/tiny is an inpainting model" in fetch(hub, project, hub.name)
     assert hub.fetched and all(path.endswith(".json") for path in hub.fetched if "/" in path[1:])
 
 
@@ -205,9 +218,9 @@ def test_a_model_of_single_files_says_how_to_use_one(project: Path, tmp_path: Pa
     folder.mkdir()
     (folder / "v1-5.safetensors").write_bytes(b"a checkpoint")
     with serving(Hub(folder)) as hub:
-        failed = fetch(hub, project, hub.name)
-    assert failed.returncode == 1 and "it has no text_encoder/model.safetensors" in failed.stderr
-    assert "`hf download somebody/tiny v1-5.safetensors`" in failed.stderr
+        refusal = fetch(hub, project, hub.name)
+    assert "it has no text_encoder/model.safetensors" in refusal
+    assert "`hf download somebody/tiny v1-5.safetensors`" in refusal
 
 
 def test_a_name_may_carry_a_revision() -> None:

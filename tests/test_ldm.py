@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_adapters import attached, shake
@@ -63,6 +63,16 @@ def checkpoint(base: Path, weights: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("checkpoint") / "out"
     export.export(weights, folder, kinds=["checkpoint"], base_model=str(base))
     return folder / "small_lora-checkpoint.safetensors"
+
+
+def test_layers_of_the_full_model_are_named_as_their_tensors() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SMALL.unet)
+    layers = ldm.unet_layers(unet)
+    names = [name for name, tensor in unet.state_dict().items() if tensor.ndim > 1]
+    assert len(names) > 200
+    for name in names:
+        assert layers[ldm.unet_name(name).removesuffix(".weight")] == name.removesuffix(".weight")
 
 
 def difference(first, second) -> float:

@@ -103,3 +103,53 @@ def test_one_image_a_character_has_no_consistency_and_no_interval():
             row.fidelity.low = row.fidelity.high = None
     assert report.scores_chart(result)._repr_png_()
     assert "rex             fidelity       0.500   0.750   +0.250" in report.scores_table(result)
+
+
+def with_axes(result, identity, following):
+    change = {"identity": identity, "following": following}
+    axis = {"models": {"base": score(0.3), "final": score(0.35)}, "reference": 0.2}
+    places = {"all": score(0.6), "rex": score(0.6)}
+    found = {
+        "features": "facebook/dinov2-small",
+        "anchors": {
+            "rex": {"base": score(0.3), "wrong": score(0.4), "ceiling": score(0.8)},
+            "an endless name of a character": {"base": score(0.3), "wrong": None, "ceiling": None},
+        },
+        "blind": {"an endless name of a character": "a single shot shows it, so none can be held out"},
+        "models": {"base": {"all": score(-0.2), "rex": score(-0.2)}, "final": places},
+        "change": score(change["identity"]),
+    }
+    following = axis | {"features": "a/clip", "change": score(change["following"])}
+    update = {"identity": found, "following": following, "colour": following | {"features": "palette"}}
+    return EvalResult.model_validate(result.model_dump() | update)
+
+
+def test_both_axes_are_told_together_and_what_is_lost_as_loudly_as_what_is_gained():
+    plain = make_result(["rex"])
+    assert "older version" in report.axes_table(plain)
+    table = report.axes_table(with_axes(plain, 0.8, -0.3))
+    assert table.startswith("Identity is gained and what was asked for is lost: it has learnt too much")
+    assert "identity      -0.200   0.600   +0.800    +0.700 to +0.900   0: floor, 1: ceiling" in table
+    assert "as asked       0.300   0.350   -0.300    -0.400 to -0.200   other prompts: 0.200" in table
+    assert "rex                    0.300   0.400    0.800   0.600  0.500 to 0.700" in table
+    assert "an endless name of …   0.300       -        -       -" in table and "a single shot" in table
+    assert "sees colours only" in table and "likeness by facebook/dinov2-small" in table
+    assert max(map(len, table.splitlines())) <= scores.TABLE_WIDTH
+    uncertain = report.axes_table(with_axes(plain, 0.8, 0.05))
+    assert uncertain.startswith("Identity is gained, what was asked for is not clearly changed")
+
+
+def test_a_run_is_a_point_on_both_axes():
+    plain = make_result(["rex"])
+    assert any("Two axes need" in text for text in texts(report.axes_chart(plain)))
+    figure = report.axes_chart(with_axes(plain, 0.8, -0.3))
+    assert_readable(figure)
+    assert {"base model", "LoRA"} <= set(texts(figure))
+
+
+def test_what_rests_on_the_palette_alone_says_that_it_sees_colours_only():
+    result = make_result(["rex"])
+    assert "palette, sees colours only" in report.scores_table(result)
+    assert any("palette, sees colours only" in text for text in texts(report.scores_chart(result)))
+    result.settings.features = "facebook/dinov2-small"
+    assert "colours only" not in report.scores_table(result)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from bunny_lora.config import Config
 from bunny_lora.data.frames import Sample
-from bunny_lora.data.shots import shots, split
+from bunny_lora.data.shots import near_duplicates, shots, split
 from bunny_lora.dataset import read_samples
 from bunny_lora.prepare import read_split, reading
 from bunny_lora.trainer import LoRATrainer
@@ -72,3 +72,17 @@ def test_training_does_not_see_what_is_held_out_and_says_so(
     assert seen == [sample.path for sample in kept]
     said = f"held_out: {len(held)} of 5 images, in whole shots, are not learnt from"
     assert said in capsys.readouterr().out
+
+
+def test_neighbours_in_which_nothing_much_moves_are_near_duplicates(tmp_path: Path) -> None:
+    """What moves little from each to the next has moved far in the end: compared with the first."""
+    places = [0, 1, 2, 10, 40, 40]
+    paths = []
+    for number, left in enumerate(places):
+        image = Image.new("RGB", (96, 54))
+        image.paste("white", (left, 20, left + 12, 32))
+        image.save(path := tmp_path / f"{number}.png")
+        paths.append(path)
+    assert near_duplicates(paths) == [0, 1, 2, 3, 4, 4]
+    assert near_duplicates([*paths[:1], *paths[:1], paths[5], paths[0]]) == [0, 0, 2, 3]
+    assert near_duplicates([]) == []

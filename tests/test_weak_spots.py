@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import draw_frames, tiny_config
 from PIL import Image
@@ -10,7 +9,6 @@ from PIL import Image
 from bunny_lora import cli, report
 from bunny_lora.config import Config, validate
 from bunny_lora.core.files import write_json
-from bunny_lora.data import thumbnails
 from bunny_lora.data.frames import Sample
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.data.weak_spots import Facts, WeakSpot, find_weak_spots
@@ -93,27 +91,6 @@ def test_names_are_shown_as_the_text_encoder_reads_them() -> None:
         Facts([sample(0, "zorblax"), sample(1, "buck")], Config(), TOKENIZER, [0] * 2, [0, 1])
     )
     assert found[-1].who == "buck, zor|bla|x; of one piece, so maybe words with a meaning: buck"
-
-
-# ------------------------------------------------------------------------------- near duplicates
-
-
-def picture(background: float, arm: int) -> np.ndarray:
-    """A picture in which something moves in front of what stays."""
-    cells = np.full((9, 16, 3), background, np.float32)
-    cells[4, arm] = 1 - background
-    return cells
-
-
-def test_what_differs_little_is_nearly_the_same() -> None:
-    pictures = [picture(0.2, 3), picture(0.2, 3), picture(0.21, 9), picture(0.5, 9), picture(0.2, 9)]
-    assert thumbnails.near_duplicates(pictures) == [0, 0, 2, 3, 4]
-    assert thumbnails.near_duplicates([]) == []
-
-
-def test_small_changes_add_up_to_another_picture() -> None:
-    pictures = [picture(0.2 + 0.08 * i, 3) for i in range(6)]
-    assert thumbnails.near_duplicates(pictures) == [0, 0, 2, 2, 4, 4]
 
 
 # ------------------------------------------------------------------------- where it is said

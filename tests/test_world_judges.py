@@ -32,7 +32,7 @@ from bunny_lora.world.pretraining.reader import (
     shares_right,
     single_picture,
 )
-from bunny_lora.world.traits import QUESTIONS, close_up, load_reader
+from bunny_lora.world.traits import LOOKS, QUESTIONS, close_up, load_reader
 
 SMALL = {"size": 32, "batch_size": 4, "max_steps": 4, "evaluate_every": 2, "report": lambda _: None}
 READER = SMALL | {"n_pictures": 20, "n_heldout": 4}
@@ -64,10 +64,10 @@ def test_a_close_up_holds_the_face_alike_from_near_and_far():
     faces = faces_of(np.stack(rows))
     assert faces[0, 2] > faces[1, 2] > faces[2, 2] > 0.1
     maps = torch.from_numpy(np.stack(rows)[:, 3:]).float()
-    shares = (close_up(maps, faces) > 2.5).float().mean((1, 2, 3))
+    shares = (close_up(maps, faces, LOOKS["body"]) > 2.5).float().mean((1, 2, 3))
     assert shares.min() > 0.08 and shares.max() / shares.min() < 1.2
-    middle = close_up(maps, faces - torch.tensor([0.0, 0.3, 0.0]) * faces[:, 2:])[:, 0, 40, 40]
-    assert (middle > 2.5).all()
+    eyes = close_up(maps, faces, LOOKS["eyes"])
+    assert (eyes[:, 0, 20, 20] > 2.5).all() and (eyes > 2.5).float().mean() > 0.4
 
 
 def test_the_reader_learns_from_all_traits_half_of_them_at_a_medium_distance():

@@ -1,15 +1,18 @@
 """The shipped reader of traits, the judge of identity: how well it reads, and how it orders."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation import traits as axes
+from bunny_lora.evaluation.world_traits import Group, summarise
 from bunny_lora.model.components import WORLD_WEIGHTS
 from bunny_lora.world import attributes
+from bunny_lora.world.asked import render_as_asked
 from bunny_lora.world.attributes import HEROES, Picture, Traits, fresh_heroes, hero_picture
 from bunny_lora.world.renderer import render_array
 from bunny_lora.world.traits import (
@@ -18,6 +21,7 @@ from bunny_lora.world.traits import (
     TRAITS,
     identity_scores,
     read_traits,
+    reliable_questions,
     reliable_traits,
     traits_to_see,
     truth,
@@ -120,6 +124,62 @@ def test_spoiled_pictures_are_put_in_order_one_by_one(hero: str) -> None:
     scores = identity_scores(read_traits(drawn(pictures)), whole, counted).numpy()
     assert len(clear) == N_SCENES
     assert np.corrcoef(ranks(scores), ranks(-np.array(levels)))[0, 1] >= 0.85
+
+
+def clear_scenes(hero: str, n: int) -> list[Picture]:
+    """Medium shots of a hero in which all of its traits can be seen."""
+    whole = traits_to_see(HEROES[hero])
+    scenes = (hero_picture([hero], 12, index, camera="medium") for index in range(60))
+    return [scene for scene in scenes if truth(scene).items() >= whole.items()][:n]
+
+
+@pytest.mark.parametrize("hero", HEROES)
+def test_each_single_wrong_trait_costs_more_than_one_picture_differs_from_the_next(hero: str) -> None:
+    rng, counted = np.random.default_rng(1), reliable_traits()
+    whole, scenes = traits_to_see(HEROES[hero]), clear_scenes(hero, 6)
+    right = identity_scores(read_traits(drawn(scenes)), whole, counted)
+    for trait in counted:
+        wrong = replace(HEROES[hero], **{trait: attributes.pick(rng, others(HEROES[hero], trait))})
+        wrong = replace(wrong, ear="plain") if trait == "species" else wrong
+        pictures = drawn([with_traits(scene, wrong) for scene in scenes])
+        cost = right - identity_scores(read_traits(pictures), whole, counted)
+        assert cost.mean() > right.std(), trait
+
+
+def test_renders_of_the_heroes_stand_at_one_and_of_one_another_at_nothing() -> None:
+    prompts = ["{}, sitting, on the beach, medium shot", "{}, waving, in the snow, medium shot"]
+    right = axes.Traits(QUESTIONS, {n: asdict(t) for n, t in HEROES.items()}, reliable_questions())
+
+    another = dict(zip(HEROES, [*list(HEROES)[1:], *HEROES], strict=False))
+
+    def group(first: int, *, wrong: bool = False) -> Group:
+        cells = [(name, prompt) for name in HEROES for prompt in prompts for _ in range(5)]
+        images = [
+            render_as_asked(
+                asdict(HEROES[another[name] if wrong else name]),
+                axes.asked_for(prompt, QUESTIONS),
+                camera="medium",
+                number=first + number,
+                size_px=128,
+            )
+            for number, (name, prompt) in enumerate(cells)
+        ]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        return Group(
+            [name for name, _ in cells],
+            [prompt.format(name) for name, prompt in cells],
+            read_traits(pixels.permute(0, 3, 1, 2)),
+        )
+
+    base = group(0, wrong=True)
+    for first, wrong, stands in ((100, False, 1.0), (200, True, 0.0)):
+        groups = {"base": base, "final": group(first, wrong=wrong)}
+        found = summarise(right, groups, group(300))
+        identity = found.identity["final"]["all"]
+        assert identity.low is not None and identity.high is not None
+        assert identity.mean == pytest.approx(stands, abs=0.05)
+        assert identity.low - 0.01 <= stands <= identity.high + 0.01
+        assert found.asked["final"].mean > 0.95
 
 
 def test_what_cannot_be_seen_is_not_asked() -> None:

@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "width": "resolution, one for both sides",
     "height": "resolution, one for both sides",
     "flip_aug": "random_flip",
+    "enable_bucket": "aspect_buckets",
     "dataloader_num_workers": "num_workers",
     "max_data_loader_n_workers": "num_workers",
     "optimizer": "use_8bit_adam, the one choice beside AdamW",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -168,6 +169,16 @@ def _fsync(path: Path) -> None:
 def _flush(path: Path) -> None:
     for item in [path, *path.rglob("*")]:  # Folders too: they hold the names of the files.
         _fsync(item)
+
+
+def decoded(data: bytes) -> str:
+    """Return text that people saved: UTF-8, or UTF-16 with its mark, as PowerShell's `>` writes it.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")
 
 
 def write_text(path: Path, text: str) -> None:

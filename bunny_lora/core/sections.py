@@ -227,7 +227,16 @@ class EvaluationSection(Section):
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
     """What each character of Bunny World is like, `ellie: {fur: lilac, mark: heart}`: its own reader
     then tells identity trait by trait."""
+    checklist: dict[str, list[str]] = Field(default_factory=dict)
+    """What a person is to look for, `ellie: [a bent left ear, a yellow bow]`: evaluation/checklist.md
+    is a sheet of all pictures to tick it on."""
     features: str = "palette"
     """What measures similarity: palette (sees colours only), bunny-world, or an image encoder (DINOv2,
     CLIP, SigLIP), folder or hub name."""
+    prompt_features: str | None = None
+    """What tells whether a picture shows what its prompt asks for: bunny-world, or a CLIP or SigLIP,
+    folder or hub name. null: nothing does."""
+    ceiling_shots: int = Field(8, ge=0)
+    """Identity is told between a floor and a ceiling: so many shots of each character, one by one, are
+    compared with the others, as the autoencoder gives them back. 0: no floor and ceiling."""
     choose: ChooseSection = ChooseSection()

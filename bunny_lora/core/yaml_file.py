@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from bunny_lora.core.files import decoded
 from bunny_lora.core.values import shown
 from bunny_lora.errors import BunnyLoraError
 
@@ -76,7 +77,7 @@ def read_section(path: Path) -> dict[str, Any]:
         BunnyLoraError: no such file, no YAML, or no such section.
     """
     try:
-        data = parse_yaml(path.read_bytes().decode("utf-8-sig"))
+        data = parse_yaml(decoded(path.read_bytes()))
     except OSError as error:
         raise BunnyLoraError(f"No configuration at {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from bunny_lora.core.files import is_file, is_folder
+from bunny_lora.core.files import decoded, is_file, is_folder
 from bunny_lora.data.captions import Entry, clean
 from bunny_lora.data.frames import Unused
 from bunny_lora.data.images import (
@@ -260,7 +260,7 @@ class _Reader:
             return ""
         self.used.add(path)
         try:
-            text = _decoded(path.read_bytes())
+            text = clean(decoded(path.read_bytes()))
         except (OSError, UnicodeDecodeError):
             raise LeftOutError(f"invalid entry: the caption {path.name} is not UTF-8 text") from None
         if not any(character.isalpha() for character in text):
@@ -327,8 +327,3 @@ class _Reader:
         """Whether there is a picture for `a.txt` or `a.png.txt`."""
         stems = (path.stem, Path(path.stem).stem)
         return any((path.parent, name_key(stem)) in self.stems for stem in stems)
-
-
-def _decoded(data: bytes) -> str:
-    utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return clean(data.decode("utf-16" if utf_16 else "utf-8-sig"))

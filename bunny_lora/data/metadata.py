@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bunny_lora.core.files import is_file
+from bunny_lora.core.files import decoded, is_file
 from bunny_lora.data.captions import clean
 from bunny_lora.data.images import Finder
 from bunny_lora.errors import BunnyLoraError, LeftOutError
@@ -192,7 +192,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return decoded(path.read_bytes())
     except OSError as error:
         raise BunnyLoraError(f"Could not read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

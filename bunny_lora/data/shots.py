@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from bunny_lora.data.frames import Sample
-from bunny_lora.data.thumbnails import thumbnails
+from bunny_lora.data.images import open_rgb
 
+THUMB = (16, 9)
 # Mean differences of thumbnails, of 1: cuts of the films at hand are above 0.2 where the place changes.
 NEIGHBOURS, SAME = 0.08, 0.02
+SAME_PLACE = 0.12  # of the place that changes most: an arm that moves makes 0.2 and more
 NOBODY = ""
 MIN_SHOTS = 3  # of whoever gives one: two shots at least are left to learn from
 
@@ -29,8 +32,7 @@ def shots(paths: Sequence[Path]) -> list[int]:
     Neighbours in the order given belong together where little has moved, others where they are nearly
     the same picture.
     """
-    pictures = thumbnails(paths)
-    thumbs = np.stack([picture.reshape(-1) for picture in pictures]) if pictures else np.empty((0, 1))
+    thumbs = np.stack([_thumb(path) for path in paths])
     shot = list(range(len(paths)))
     for i in range(1, len(paths)):
         distances = np.abs(thumbs[:i] - thumbs[i]).mean(axis=1)
@@ -41,6 +43,22 @@ def shots(paths: Sequence[Path]) -> list[int]:
         shot = [min(merged) if number in merged else number for number in shot]
     order = {number: place for place, number in enumerate(dict.fromkeys(shot))}
     return [order[number] for number in shot]
+
+
+def near_duplicates(paths: Sequence[Path]) -> list[int]:
+    """Return for each picture the first of its group: neighbours in which nothing much has moved."""
+    groups: list[int] = []
+    thumbs = [_thumb(path).reshape(-1, 3) for path in paths]
+    for i, thumb in enumerate(thumbs):
+        first = groups[-1] if groups else i
+        moved = np.abs(thumbs[first] - thumb).mean(axis=1).max()
+        groups.append(first if moved <= SAME_PLACE else i)
+    return groups
+
+
+def _thumb(path: Path) -> np.ndarray:
+    small = open_rgb(path).resize(THUMB, Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1) / 255
 
 
 def split(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:

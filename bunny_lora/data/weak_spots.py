@@ -13,10 +13,10 @@ from operator import attrgetter
 from typing import Any
 
 from bunny_lora.config import Config
+from bunny_lora.data.buckets import LATENT_PX, bucket_of
 from bunny_lora.data.captions import DESCRIPTION, caption_parts
 from bunny_lora.data.frames import Sample
 
-LATENT_PX = 8  # of the picture, a side
 SMALL_FACE = 8.0  # latent pixels a side: an eye or a mark is one of them
 UNEQUAL = 1.5  # the commonest over the rarest
 SHOWN = 60  # letters of a caption
@@ -110,7 +110,7 @@ def _cut_off(facts: Facts) -> Iterator[WeakSpot]:
     """A middle square shows nothing of what is beside it, and captions go on naming it."""
     sized = [sample for sample in facts.samples if len(sample.size) == 2]
     wide = [sample for sample in sized if min(sample.size) < max(sample.size)]
-    if not facts.config.center_crop or not wide:
+    if not facts.config.center_crop or facts.config.aspect_buckets or not wide:
         return
     gone = statistics.mean(1 - min(sample.size) / max(sample.size) for sample in wide)
     lost: Counter[str] = Counter()
@@ -122,7 +122,7 @@ def _cut_off(facts: Facts) -> Iterator[WeakSpot]:
     if lost:
         faces = "; faces too: " + ", ".join(f"{name} in {n}" for name, n in sorted(lost.items()))
     who = f"{gone:.0%} of {_count(len(wide), 'picture')} lies outside the middle square{faces}"
-    answer = "center_crop: false takes squares from all over the picture"
+    answer = "aspect_buckets: true shows it whole; center_crop: false, squares from all over it"
     yield WeakSpot("cut off", who, answer)
 
 
@@ -135,7 +135,7 @@ def _in_middle(box: Sequence[float], size: Sequence[int]) -> bool:
 
 def _small_faces(facts: Facts) -> Iterator[WeakSpot]:
     sides = [
-        max(x2 - x1, y2 - y1) * facts.config.resolution / min(sample.size) / LATENT_PX
+        max(x2 - x1, y2 - y1) * _scale(sample, facts.config) / LATENT_PX
         for sample in facts.samples
         if sample.size
         for x1, y1, x2, y2 in sample.faces
@@ -148,6 +148,14 @@ def _small_faces(facts: Facts) -> Iterator[WeakSpot]:
         )
         answer = "zoom_on_faces: true shows them from near as well"
         yield WeakSpot("small faces", who, answer, ("zoom_on_faces",))
+
+
+def _scale(sample: Sample, config: Config) -> float:
+    """Return by how much a picture is made larger to be trained on."""
+    if not config.aspect_buckets:
+        return config.resolution / min(sample.size)
+    bucket = bucket_of(sample.size, config.resolution)
+    return max(new / old for new, old in zip(bucket, sample.size, strict=True))
 
 
 def _strangers(facts: Facts) -> Iterator[WeakSpot]:
@@ -192,7 +200,8 @@ def _alike(facts: Facts) -> Iterator[WeakSpot]:
             f"{_count(n_alike, 'picture')} of {len(facts.groups)} nearly the same as the one before,"
             f" {commonest[1]} from {facts.samples[commonest[0]].frame_id} on"
         )
-        yield WeakSpot("near-duplicates", who, "training.max_train_steps: fewer steps do for fewer")
+        answer = "thin_duplicates: true has them share the weight of one"
+        yield WeakSpot("near-duplicates", who, answer, ("thin_duplicates",))
 
 
 def _cut_captions(facts: Facts) -> Iterator[WeakSpot]:

@@ -21,6 +21,7 @@ from bunny_lora.data.frames import FaceNames, Sample
 from bunny_lora.data.images import FACE_TO_BODY, crop_around, open_rgb
 from bunny_lora.data.shots import shots
 from bunny_lora.dataset import ImageDataset
+from bunny_lora.evaluation.features import PALETTE
 from bunny_lora.model import devices
 from bunny_lora.model.image_encoder import FeatureExtractor, load_image_encoder
 from bunny_lora.training.faces import tie_faces
@@ -79,15 +80,18 @@ def references(
 
 
 def tied_faces(samples: Sequence[Sample], config: Config) -> list[FaceNames] | None:
-    """Return whose the faces of each image are; None where `face_encoder` names nothing to tell by.
+    """Return whose the faces of each image are, as `face_encoder` or else the judge's features tell.
+
+    Where they are in doubt they stay untied. None where there is nothing to tell them by but palettes.
 
     Raises:
         BunnyLoraError: the encoder cannot be loaded.
     """
-    if config.face_encoder is None:
+    key = "face_encoder" if config.face_encoder else "evaluation.features"
+    name = config.face_encoder or config.evaluation.features
+    if name == PALETTE:
         return None
-    device = devices.resolve_device(config.device)
-    encoder = load_image_encoder(config.face_encoder, "face_encoder", device.type)
+    encoder = load_image_encoder(name, key, devices.resolve_device(config.device).type)
     images = ImageDataset(samples, resolution=config.resolution, center_crop=False)
     return tie_faces(images, encoder)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from bunny_lora.evaluation.palette import _palette
 from bunny_lora.model.image_encoder import FeatureExtractor, load_image_encoder
 
-__all__ = ["FeatureExtractor", "load_feature_extractor"]
+PALETTE = "palette"
+
+__all__ = ["PALETTE", "FeatureExtractor", "load_feature_extractor"]
 
 
 def load_feature_extractor(name: str, device: str = "cpu") -> FeatureExtractor:
@@ -24,6 +26,6 @@ def load_feature_extractor(name: str, device: str = "cpu") -> FeatureExtractor:
     Raises:
         BunnyLoraError: no such features, or the encoder cannot be loaded.
     """
-    if name == "palette":
+    if name == PALETTE:
         return FeatureExtractor(name, _palette)
-    return load_image_encoder(name, "evaluation.features", device, others=("palette",))
+    return load_image_encoder(name, "evaluation.features", device, others=(PALETTE,))

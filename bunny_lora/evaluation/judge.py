@@ -34,9 +34,20 @@ from bunny_lora.data.captions import find_name
 from bunny_lora.data.images import open_rgb
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import copies, cutouts, drift, metrics, protocol, world_traits
+from bunny_lora.evaluation import (
+    anchors,
+    checklist,
+    copies,
+    cutouts,
+    drift,
+    following,
+    metrics,
+    protocol,
+    world_traits,
+)
 from bunny_lora.evaluation.cutouts import CROP_SIZE_PX
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
+from bunny_lora.evaluation.following import PromptReader
 from bunny_lora.evaluation.protocol import NEUTRAL, NOBODY, SUBJECT, ImageSpec
 from bunny_lora.model import components, devices, prompts, random_models
 from bunny_lora.prepare import read_split
@@ -96,6 +107,8 @@ def evaluate(
     data_dir = resolve(data_dir or config.data_dir)
     device = devices.resolve_device(config.device)
     extractor = load_feature_extractor(config.evaluation.features, device.type)
+    asked = config.evaluation.prompt_features
+    reader = PromptReader(asked, device.type) if asked else None
     with distributed.process_group(device) as group:
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir, config)
@@ -104,7 +117,9 @@ def evaluate(
             _say_doubts(plan, models[-1].identity["base_model"])
         protocol.generate_missing(run_dir, models, plan, config, group)
         return group.broadcast_from_main(
-            lambda: _score_and_write(run_dir, config, data, extractor, models[-1].identity, plan)
+            lambda: _score_and_write(
+                run_dir, config, data, extractor, reader, models[-1].identity, plan
+            )
         )
 
 
@@ -119,6 +134,7 @@ def _score_and_write(
     config: Config,
     data: Reference,
     extractor: FeatureExtractor,
+    reader: PromptReader | None,
     identity: dict[str, Any],
     plan: list[ImageSpec],
 ) -> EvalResult:
@@ -127,6 +143,11 @@ def _score_and_write(
     vectors = extract_files(extractor, [run_dir / "evaluation" / spec.file for spec in plan])
     characters = list(data.crops)
     scores = score_models(plan, vectors, characters, crops, frames)
+    named = [spec for spec in plan if spec.character in data.crops]
+    placed, places = anchors.identity_scores(
+        run_dir, config, named, data.crops, crops, extractor, identity["base_model"]
+    )
+    asked, matches = following.following(run_dir, config, named, reader)
     drifts = drift.drift_scores(plan, vectors)
     read, answers = world_traits.trait_scores(run_dir, config, plan)
     result = EvalResult(
@@ -141,12 +162,21 @@ def _score_and_write(
         drifts=drifts,
         copies=copies.copies_of(run_dir, config, data.samples, extractor, plan, vectors),
         traits=read,
+        identity=placed,
+        following=asked,
+        colour=following.colour(run_dir, named, data.crops),
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
-        images=image_scores(plan, scores, frames, data.frames, answers),
+        images=[
+            image.model_copy(
+                update={"identity": places.get(image.file), "following": matches.get(image.file)}
+            )
+            for image in image_scores(plan, scores, frames, data.frames, answers)
+        ],
         training_crops=save_shown_crops(run_dir, data),
     )
     eval_result.write(run_dir, result)
+    checklist.write_checklist(run_dir, config.evaluation.checklist, result.images)
     if (run_dir / "config.yaml").is_file():
         handover.write_handover(run_dir, load_config(run_dir / "config.yaml"), result.means())
     return result

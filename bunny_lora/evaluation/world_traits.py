@@ -240,18 +240,6 @@ def _ceiling(config: Config, right: Traits, base: Group) -> Group:
         )
         for number, (name, prompt) in enumerate(wanted)
     ]
-    images = _through_autoencoder(renders)
+    vae = components.load_vae(components.BUNNY_WORLD, torch.device("cpu"))
+    images = [components.reconstruct(vae, render) for render in renders]
     return Group([name for name, _ in wanted], [prompt for _, prompt in wanted], _read(images))
-
-
-def _through_autoencoder(images: Sequence[Image.Image]) -> list[Image.Image]:
-    vae = components.load_components(components.BUNNY_WORLD, torch.device("cpu"), torch.float32).vae
-    returned = []
-    for image in images:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(pixels).latent_dist.mean
-            decoded = vae.decode(latents).sample
-        array = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        returned.append(Image.fromarray(array))
-    return returned

@@ -17,7 +17,7 @@ from PIL import Image
 from bunny_lora import inference
 from bunny_lora.config import Config, load_config
 from bunny_lora.core import eval_result
-from bunny_lora.core.eval_result import MEASURES, EvalResult
+from bunny_lora.core.eval_result import MEASURES, EvalResult, sees
 from bunny_lora.core.files import read_json
 from bunny_lora.core.values import split_revision
 from bunny_lora.dataset import Sample
@@ -233,7 +233,7 @@ def _plain(text: str) -> str:
 
 def _score_table(result: EvalResult) -> str:
     scores = result.means()
-    text = f"Judged with the features `{scores.features}`, mean over all pictures:\n\n"
+    text = f"Judged with the features {_plain(sees(scores.features))}, mean over all pictures:\n\n"
     text += "| | base model | with the LoRA |\n|---|---|---|\n"
     for name in MEASURES:
         values = [getattr(side, name) for side in (scores.base, scores.final)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
@@ -174,6 +175,27 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
         dtype=dtype,
         **models,
     )
+
+
+def load_vae(base_model: str, device: torch.device) -> AutoencoderKL:
+    """Load the autoencoder alone, frozen, in full precision.
+
+    Raises:
+        BunnyLoraError: there is no such model here, and none could be had from the hub.
+    """
+    variant = variants.variants(Path(resolve_base_model(base_model)))["vae"]
+    vae = _load(AutoencoderKL, base_model, "vae", variant=variant, torch_dtype=torch.float32)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, image: Image.Image) -> Image.Image:
+    """Return an image as the autoencoder gives it back: the best that its model can draw."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = vae.encode(pixels.to(vae.device)).latent_dist.mean
+    decoded = vae.decode(latents).sample[0].cpu()
+    array = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def load_image_encoder(
     """
     folder = encoder_folder(name, key, others)
     return FeatureExtractor(
-        name, _embedding(load_encoder(folder, name, key, device), folder, name, key)
+        name, image_embedding(load_encoder(folder, name, key, device), folder, name, key)
     )
 
 
@@ -149,8 +149,8 @@ def _no_encoder(name: str, key: str, reason: str) -> BunnyLoraError:
     return BunnyLoraError(f"{key} {name} is no image encoder: {reason}. It takes {TAKES}.")
 
 
-def _embedding(model: Any, folder: Path, name: str, key: str) -> Embed:
-    """Return what turns pictures into vectors, by the model's own processor.
+def image_embedding(model: Any, folder: Path, name: str, key: str) -> Embed:
+    """Return what turns pictures into vectors: a model of `load_encoder` and its own processor.
 
     The same processor everywhere: which one the plain name stands for depends on torchvision's being
     there, and the two differ in the last digits.

@@ -3,6 +3,7 @@
 Everything that notebooks and the command line call is a name of this package.
 """
 
+from bunny_lora.report.axes import axes_chart, axes_table
 from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, read_choice
 from bunny_lora.report.data_figures import (
     characters_chart,
@@ -20,6 +21,8 @@ from bunny_lora.report.trait_scores import traits_chart, traits_table
 from bunny_lora.report.trait_sheet import trait_sheet
 
 __all__ = [
+    "axes_chart",
+    "axes_table",
     "before_after_grid",
     "characters_chart",
     "checkpoint_grid",

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from bunny_lora.core import eval_result
-from bunny_lora.core.eval_result import EvalResult, Interval, ScoreTable
+from bunny_lora.core.eval_result import EvalResult, Interval, ScoreTable, sees
 from bunny_lora.report.plot import BLUE, GREEN, GREY, ORANGE, SMALL_PT, WIDTH_IN, Plot, clean, cut, wrap
 
 TABLE_WIDTH = 82
@@ -35,6 +35,8 @@ def conditions(result: EvalResult) -> str:
     settings = result.settings
     size, steps = settings.resolution, settings.num_inference_steps
     text = f"{result.base_model}, {size} px, {steps} denoising steps"
+    if (features := sees(settings.features)) != settings.features:
+        text += f"; {features}"
     return f"{text}; {result.warning}" if result.warning else text
 
 
@@ -166,7 +168,7 @@ def scores_table(result: EvalResult) -> str:
         *drift_lines(result),
         *_copy_lines(result),
         f"separation by guessing {result.reference.chance_level:.3f}",
-        f"features: {result.settings.features}; {result.seconds_per_image:.1f} s an image",
+        f"features: {sees(result.settings.features)}; {result.seconds_per_image:.1f} s an image",
         "data: what the training images score among themselves",
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from bunny_lora.data.captions import caption_parts, find_name, name_only
 from bunny_lora.data.frames import FaceNames
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
+from bunny_lora.training.masks import own_part
+from bunny_lora.training.sampler import Size, bucketed_indices
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class EncodedView:
     face_names: FaceNames = ()
     mask: torch.Tensor | None = None
 
+    @property
+    def size(self) -> Size:
+        """Width and height in latent pixels."""
+        return self.latent_dist.shape[3], self.latent_dist.shape[2]
+
     def unseen(self, left: int, top: int, side: int) -> set[str]:
         """Return who has a face, and has its middle outside a square: not of those without one."""
         return {
@@ -96,7 +104,8 @@ class EncodedImages:
 
     `stream` names the random numbers, so that training and class images do not share theirs; `repeats`
     says how often each image comes in an epoch, None: once. `names` are the characters of the data
-    set: a part of a caption that has one is never dropped.
+    set: a part of a caption that has one is never dropped. With `buckets`, views are shown whole, and
+    each batch is of views of one size; else, squares of them.
     """
 
     samples: list[Sample]
@@ -107,6 +116,7 @@ class EncodedImages:
     repeats: list[int] | None = None
     names: frozenset[str] = frozenset()
     caption_dropout: float = 0.0
+    buckets: bool = False
 
     @property
     def captions(self) -> list[str]:
@@ -120,22 +130,46 @@ class EncodedImages:
 
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
-        repeats = self.repeats or [1] * len(self.samples)
-        epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
+        if self.buckets:
+            size, indices = bucketed_indices(seed, self._of_size, position, count)
+        else:
+            repeats = self.repeats or [1] * len(self.samples)
+            epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
+            places = sample_indices(seed, len(epoch), position, count)
+            size, indices = None, [epoch[place] for place in places]
         drawn = [
-            self._draw(seed, position + offset, epoch[place], num_train_timesteps)
-            for offset, place in enumerate(sample_indices(seed, len(epoch), position, count))
+            self._draw(seed, position + offset, index, num_train_timesteps, size)
+            for offset, index in enumerate(indices)
         ]
         return Batch.joined(drawn)
 
-    def _draw(self, seed: int, position: int, index: int, num_train_timesteps: int) -> Batch:
+    @cached_property
+    def _of_size(self) -> dict[Size, list[int]]:
+        """The images of each size of latents, as often as they come in an epoch.
+
+        One with views of two sizes, whole and from near, comes once with each, and others twice.
+        """
+        sizes = [sorted({view.size for view in views}) for views in self.views]
+        most = max(map(len, sizes), default=1)
+        found: dict[Size, list[int]] = {}
+        for index, (own, times) in enumerate(zip(sizes, self.repeats or [1] * len(sizes), strict=True)):
+            for size in own:
+                found.setdefault(size, []).extend([index] * (times * most // len(own)))
+        return found
+
+    def _draw(
+        self, seed: int, position: int, index: int, num_train_timesteps: int, size: Size | None = None
+    ) -> Batch:
+        """Draw a view of an image, of a size if one is given, and a square of it if not."""
         random = generator(seed, f"{self.stream} sample", position)
-        views = self.views[index]
+        views = [view for view in self.views[index] if size in (None, view.size)]
         view = views[int(torch.randint(len(views), (), generator=random))]
         mean, std = view.latent_dist
         latents = mean + std * torch.randn(mean.shape, generator=random)
-        left, top = self._place(latents, view.faces, random)
-        latents = latents[:, top : top + self.latent_size, left : left + self.latent_size]
+        left, top = 0, 0
+        if size is None:
+            left, top = self._place(latents, view.faces, random)
+            latents = latents[:, top : top + self.latent_size, left : left + self.latent_size]
         noise = torch.randn(latents.shape, generator=random)
         timestep = torch.randint(num_train_timesteps, (), generator=random)
         caption = self.samples[index].caption if view.caption is None else view.caption
@@ -263,8 +297,30 @@ def encode_dataset(
     drawn = [w * max(1, len(n) // len(w)) + n for w, n in zip(whole, near, strict=True)]
     side = images.resolution // 8
     return EncodedImages(
-        images.samples, drawn, side, stream, tag_dropout, repeats, images.names, caption_dropout
+        images.samples,
+        drawn,
+        side,
+        stream,
+        tag_dropout,
+        repeats,
+        images.names,
+        caption_dropout,
+        images.aspect_buckets,
     )
+
+
+def n_to_encode(
+    vae: AutoencoderKL,
+    images: ImageDataset,
+    cache_dir: Path,
+    *,
+    random_flip: bool = False,
+    zoom_on_faces: bool = False,
+) -> int:
+    """Return how many pictures `encode_dataset` would encode; none where it has done so before."""
+    views = _views(images, random_flip=random_flip, zoom_on_faces=zoom_on_faces)
+    done = (cache_dir / f"{_key(vae, images, views)}.safetensors").is_file()
+    return 0 if done else len(views)
 
 
 def _views(images: ImageDataset, *, random_flip: bool, zoom_on_faces: bool) -> list[View]:
@@ -289,14 +345,14 @@ def _encoded_view(view: View, images: ImageDataset, latent_dist: torch.Tensor) -
 
 
 def _own_part(view: View, images: ImageDataset) -> torch.Tensor | None:
-    mask = images.own_part(view.index, view.face)
+    mask = own_part(images, view.index, view.face)
     return mask if mask is None or not view.mirrored else mask.flip(-1)
 
 
 def _faces_in(view: View, images: ImageDataset, latent_dist: torch.Tensor) -> list[list[float]]:
     """Return the faces of a whole frame in pixels of its latents."""
     sample = images.samples[view.index]
-    if view.zoomed or images.center_crop or not sample.faces:
+    if view.zoomed or images.center_crop or images.aspect_buckets or not sample.faces:
         return []
     height, width = latent_dist.shape[2:]
     across, down = (new / old for new, old in zip((width, height), sample.size, strict=True))
@@ -317,6 +373,8 @@ def _encode_each(vae: AutoencoderKL, loader: DataLoader) -> Iterator[torch.Tenso
 def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
     digest = hashlib.sha256(files.sha256(*(sample.path for sample in images.samples)).encode())
     digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
+    if images.aspect_buckets:  # Only then: else the latents that older versions cached are found again.
+        digest.update(b"aspect_buckets")
     zoomed = [[list(images.samples[v.index].faces[v.face])] for v in views if v.zoomed]
     digest.update(repr(zoomed).encode())
     digest.update(str(vae.config.scaling_factor).encode())

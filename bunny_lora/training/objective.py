@@ -84,7 +84,11 @@ class Learner:
         device = self.components.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(training.seed, "dropout", position))
-            losses = self.losses(Batch.joined(batches), preserved)
+            if len({batch.latents.shape[1:] for batch in batches}) == 1:
+                batches = [Batch.joined(batches)]
+            first, *others = batches
+            losses = self.losses(first, preserved)
+            losses = torch.cat([losses, *(self.losses(batch, []) for batch in others)])
         prior_weight = self.config.prior_preservation.prior_loss_weight
         instance, *prior = losses.split(training.batch_size)
         return instance.mean() + sum(prior_weight * part.mean() for part in prior)

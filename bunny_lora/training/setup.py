@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, prompts, targets
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import attention, choice
+from bunny_lora.model.fast import allocator, attention, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import read_split
@@ -77,18 +77,11 @@ def set_up(
     Raises:
         BunnyLoraError: no such model, too little memory, or the state was made with other weights.
     """
-    _say_doubts(config, start)
-    device = devices.resolve_device(config.device)
-    dtype = devices.resolve_dtype(config.training.mixed_precision, device)
+    say_doubts(config, begun=start.folder is not None)
     with group.main_process_first():
-        parts = components.load_components(config.base_model, device, dtype)
+        parts = load_parts(config)
         base_sha256 = fingerprint.model_sha256(parts)
-        start.check_base(base_sha256, str(dtype).removeprefix("torch."))
-        memory.check_images(parts, config.resolution)
-        for part in _trained_parts(config):  # before pictures are encoded, which takes long
-            targets.resolve_targets(
-                getattr(parts, part), part, adapters.target_names(part, config.lora)
-            )
+        start.check_base(base_sha256, str(parts.dtype).removeprefix("torch."))
         if group.is_main:
             _say(prompts.doubts(config.training.validation_prompts, parts.tokenizer))
         pipe = components.pipeline_from(parts, config.base_model)
@@ -96,25 +89,55 @@ def set_up(
         samples, held_out = read_split(config)
         if config.held_out:
             print(shots.told(samples, held_out))
-        images = _encode(parts, config, samples, config.data_path.parent, "training")
+        images = encode(config, parts, samples, config.data_path.parent, "training")
         for line in _idle(config, images):
             print(line)
         class_data, class_sha256 = _class_data(parts, pipe, config, base_sha256, start)
 
+    setup = assemble(config, parts, pipe, images, class_data, start, group)
+    group.broadcast_from_main(lambda: _load_state(setup.state, start, first_weights))
+    if group.count > 1:
+        state = setup.state
+        checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
+    return replace(setup, base_sha256=base_sha256, class_sha256=class_sha256)
+
+
+def load_parts(config: Config) -> Components:
+    """Load the base model, and find out what would not work with it before anything takes long.
+
+    Raises:
+        BunnyLoraError: no such model, no such layers in it, or too little memory for its pictures.
+    """
+    device = devices.resolve_device(config.device)
+    dtype = devices.resolve_dtype(config.training.mixed_precision, device)
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
+    parts = components.load_components(config.base_model, device, dtype)
+    memory.check_images(parts, config.resolution)
+    for part in _trained_parts(config):
+        targets.resolve_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
+    return parts
+
+
+def assemble(
+    config: Config,
+    parts: Components,
+    pipe: StableDiffusionPipeline,
+    images: EncodedImages,
+    class_images: EncodedImages | None,
+    start: Start = Start(),  # noqa: B008
+    group: ProcessGroup = ProcessGroup(),  # noqa: B008
+) -> Setup:
+    """Attach fresh LoRA to a base model that is loaded, and put a run together around it."""
     models = _attach(parts, config)
-    learner = Learner(parts, config, images, class_data, models)
+    learner = Learner(parts, config, images, class_images, models)
     unet, *text_encoder = (_trainable(parts, [part]) for part in models)
     optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
-    scaled = device.type == "cuda" and dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    scaled = parts.device.type == "cuda" and parts.dtype == torch.float16
+    scaler = torch.amp.GradScaler(parts.device.type, enabled=scaled)
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
-    group.broadcast_from_main(lambda: _load_state(state, start, first_weights))
-    if group.count > 1:
-        checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
     fast_path = _fast_path_here(start.fast_path or fingerprint.fast_path_of(config), parts)
-    return Setup(
-        config, parts, pipe, learner, state, group, base_sha256, class_sha256, start.history, fast_path
-    )
+    return Setup(config, parts, pipe, learner, state, group, "", None, start.history, fast_path)
 
 
 def _idle(config: Config, images: EncodedImages) -> list[str]:
@@ -130,6 +153,9 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
         ),
         "zoom_on_faces does nothing: no picture has one name and one face, or faces that face_encoder"
         " tied to names.": config.zoom_on_faces and not near,
+        "balance_characters does nothing: the data say of nobody who is in a picture.": (
+            config.balance_characters and not images.names
+        ),
         "mask_neighbours does nothing: no view from near is known to show somebody else.": (
             config.mask_neighbours and all(view.mask is None for view in views)
         ),
@@ -151,10 +177,14 @@ def _say(doubts: list[str]) -> None:
         print(f"Validation prompts: {doubt}")
 
 
-def _say_doubts(config: Config, start: Start) -> None:
-    """What a setting would not do stops a new run; one that has begun with it goes on as it was."""
+def say_doubts(config: Config, *, begun: bool) -> None:
+    """What a setting would not do stops a new run; one that has begun with it goes on as it was.
+
+    Raises:
+        BunnyLoraError: a setting of a new run would do nothing.
+    """
     for doubt in optim.doubts(config):
-        if start.folder is None:
+        if not begun:
             raise BunnyLoraError(doubt)
         if ranks.is_main_process():
             print(f"Warning: {doubt}")
@@ -201,19 +231,29 @@ def _trained_parts(config: Config) -> tuple[str, ...]:
     return adapters.PARTS if config.lora.train_text_encoder else adapters.PARTS[:1]
 
 
-def _encode(
-    parts: Components, config: Config, samples: list[Sample], place: Path, stream: str
-) -> EncodedImages:
-    images = dataset.ImageDataset(
+def image_dataset(
+    config: Config, parts: Components, samples: list[Sample], *, is_training: bool = True
+) -> dataset.ImageDataset:
+    """Return pictures as a run cuts them, whose captions fit the model's tokenizer."""
+    return dataset.ImageDataset(
         samples,
         resolution=config.resolution,
         center_crop=config.center_crop,
+        aspect_buckets=config.aspect_buckets and is_training,
         tokenizer=parts.tokenizer,
     )
-    if config.face_encoder is not None and stream == "training":
+
+
+def encode(
+    config: Config, parts: Components, samples: list[Sample], place: Path, stream: str
+) -> EncodedImages:
+    """Return pictures as a run learns from them; what is encoded is kept in the folder `place`."""
+    training, is_training = config.training, stream == "training"
+    images = image_dataset(config, parts, samples, is_training=is_training)
+    if config.face_encoder is not None and is_training:
         encoder = load_image_encoder(config.face_encoder, "face_encoder", str(parts.device))
         images.face_names = tie_faces(images, encoder)
-    training, is_training = config.training, stream == "training"
+    groups = _near_duplicates(images) if config.thin_duplicates and is_training else None
     return encode_dataset(
         parts.vae,
         images,
@@ -223,11 +263,25 @@ def _encode(
         mask_neighbours=config.mask_neighbours,
         tag_dropout=training.caption_tag_dropout if is_training else 0.0,
         caption_dropout=training.caption_dropout if is_training else 0.0,
-        repeats=images.repeats(balance=config.balance_characters),
+        repeats=images.repeats(
+            balance=config.balance_characters, zoom=config.zoom_on_faces, groups=groups
+        ),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
         stream=stream,
     )
+
+
+def _near_duplicates(images: dataset.ImageDataset) -> list[int]:
+    groups = shots.near_duplicates([sample.path for sample in images.samples])
+    n_groups = len(set(groups))
+    print(
+        f"thin_duplicates: {len(groups)} pictures count as {n_groups}: neighbours that are nearly the"
+        " same share the weight of one"
+        if n_groups < len(groups)
+        else "thin_duplicates does nothing: no neighbours are nearly the same picture."
+    )
+    return groups
 
 
 def _class_data(
@@ -245,4 +299,4 @@ def _class_data(
     start.check_class_images(class_sha256)
     class_images.generate_missing(pipe, config, wanted)
     place = paths.resolve(config.prior_preservation.class_data_dir).parent
-    return _encode(parts, config, wanted.samples, place, "class"), class_sha256
+    return encode(config, parts, wanted.samples, place, "class"), class_sha256

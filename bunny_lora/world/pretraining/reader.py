@@ -36,7 +36,7 @@ from bunny_lora.world.pretraining.learner import TrainState
 from bunny_lora.world.pretraining.vae import reconstruct
 from bunny_lora.world.traits import QUESTIONS, Reader, truth
 
-N_RENDERS, N_RECONSTRUCTED = 5_200, 1_100
+N_RENDERS, N_RECONSTRUCTED = 9_000, 2_600
 _NOT_ASKED = -100
 _JITTER = 0.12
 _FACE_WEIGHT = 10.0
@@ -201,7 +201,7 @@ def _loss(
 def pretrain_reader(
     out_dir: Path,
     *,
-    max_steps: int = 2_500,
+    max_steps: int = 2_000,
     batch_size: int = 32,
     peak_rate: float = 3e-3,
     n_pictures: int = N_RENDERS,

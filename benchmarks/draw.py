@@ -1,0 +1,118 @@
+"""A picture, from prompt to PNG: as this project's ancestor draws by default, and as ours does.
+
+    python benchmarks/draw.py                      # the real shape, 512 px
+    python benchmarks/draw.py --quick              # toy size, in seconds
+    python benchmarks/draw.py --resolution 128 --repeats 2 --append docs/benchmarks.md
+
+All sides draw with the same LoRA on attention, in float32 and with guidance.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+
+from bunny_lora import inference
+from bunny_lora.core.sections import LoRASection
+from bunny_lora.model import adapters, components
+from bunny_lora.model.fast import drawing
+
+PROMPT = "ellie, animated character, sitting, on the beach, at sunset, medium shot"
+OURS = {"sampler": "dpm++-2m-karras", "num_inference_steps": 12}
+
+
+def write_lora(base_model: str, folder: Path) -> Path:
+    """Write a LoRA of the default shape that changes something."""
+    parts = components.load_components(base_model, torch.device("cpu"), torch.float32)
+    model = adapters.attach(parts.unet, "unet", LoRASection(), base_model=base_model, seed=1)
+    for parameter in adapters.trainable_parameters(parts.unet).values():
+        torch.nn.init.normal_(parameter, std=0.02)
+    adapters.save_adapter(model, folder / "unet")
+    return folder
+
+
+def sides(base_model: str, lora: Path, resolution: int) -> dict[str, Callable[[], object]]:
+    """Return what is compared, by name; each draws one picture and writes it."""
+    size: dict[str, Any] = {"width": resolution, "height": resolution, "guidance_scale": 7.5}
+
+    def load() -> Any:
+        return inference.load_lora_pipeline(base_model, lora, dtype=torch.float32)
+
+    def draw(pipe: Any, **settings: Any) -> None:
+        image = inference.generate_image(pipe or load(), PROMPT, **size, **settings)
+        inference.save_image(image, lora / "image.png")
+
+    pipe = load()
+    own = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    return {
+        f"the ancestor's defaults: loaded for each picture, 50 steps of {own}": partial(
+            draw, None, reference=True, num_inference_steps=50
+        ),
+        f"ours, with 50 steps of {own}": partial(draw, pipe, sampler="own", num_inference_steps=50),
+        "ours: LoRA merged, 12 steps of DPM++ 2M Karras": partial(draw, pipe, **OURS),
+    }
+
+
+def pieces(base_model: str, lora: Path, resolution: int) -> dict[str, Callable[[], object]]:
+    """Return denoising with guidance and decoding, plain and on the fast path, and what that costs."""
+    pipe = inference.load_lora_pipeline(base_model, lora, dtype=torch.float32)
+    side = resolution // pipe.vae_scale_factor
+    latents = torch.zeros(2, 4, side, side)
+    words = torch.zeros(2, 77, pipe.unet.config.cross_attention_dim)
+
+    @torch.no_grad()
+    def denoise() -> None:
+        for _ in range(4):
+            pipe.unet(latents, 500, words)
+
+    @torch.no_grad()
+    def decode() -> None:
+        pipe.vae.decode(latents[:1])
+
+    def fast(work: Callable[[], None]) -> None:
+        with torch.no_grad(), drawing.prepared(pipe, 1.0):
+            work()
+
+    return {
+        "four steps": denoise,
+        "four steps, fast path": partial(fast, denoise),
+        "decoding": decode,
+        "decoding, fast path": partial(fast, decode),
+        "putting the fast path in and taking it out, part of both": partial(fast, lambda: None),
+    }
+
+
+def measure(base_model: str, resolution: int, repeats: int, root: Path) -> str:
+    """Measure everything and return the section of docs/benchmarks.md."""
+    load = os.getloadavg()[0]
+    lora = write_lora(base_model, root / "lora")
+    whole = measuring.take_turns(sides(base_model, lora, resolution), repeats, warm_up=False)
+    parts = measuring.take_turns(pieces(base_model, lora, resolution), 2 * repeats + 1)
+    tables = [measuring.table(times, "each") for times in (whole, parts)]
+    facts = [
+        f"{base_model} at {resolution} px, float32, guidance (two images a call), LoRA of rank 8 on"
+        " attention, prompt to PNG",
+        f"sides in turns, medians of {repeats}, of the pieces {2 * repeats + 1}",
+    ]
+    return measuring.section("A picture", facts, "\n\n".join(tables), load)
+
+
+def main() -> None:
+    """Measure, print, and append to a file where one is named."""
+    parser = measuring.arguments(__doc__, resolution=512, repeats=3)
+    parser.add_argument("--quick", action="store_true", help="random-tiny at 64 px")
+    options = parser.parse_args()
+    small = ("random-tiny", 64) if options.quick else (options.base_model, options.resolution)
+    with measuring.project() as root:
+        text = measure(*small, options.repeats, root)
+    measuring.report(text, options.append)
+
+
+if __name__ == "__main__":
+    main()
