@@ -132,3 +132,25 @@ def _contact_sheets(
         heads = [("", [f"seed {seed}" for seed in columns])]
         figure = picture_grid(titles, [prompts[row] for row in rows], heads, shown)
         save_figure(figure, out_dir / f"contact_sheet-{number}.png")
+
+
+def recommendation(
+    pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any], drawn_with: Mapping[str, Any]
+) -> str:
+    """Return the line that says what a run's own recommendation decides; "" where nothing does."""
+    said = {
+        "num_inference_steps": "{} steps",
+        "guidance_scale": "guidance {}",
+        "width": "{} px wide",
+        "height": "{} px high",
+        "sampler": "{}",
+        "lora_scale": "LoRA scale {}",
+    }
+    recommended = pipe.recommended.settings() if pipe.recommended else {}
+    parts = [
+        text.format(recommended[key])
+        for key, text in said.items()
+        if key not in typed_settings and recommended.get(key) == drawn_with[key]
+        if (key, recommended[key]) != ("lora_scale", 1.0)  # as trained
+    ]
+    return f"As the run recommends: {', '.join(parts)}\n" if parts else ""

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,7 @@ from bunny_lora.session import open_config
 from bunny_lora.world.cli import add_world
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
-
-AS_TRAINED = ("lora_scale", 1.0)
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,8 +242,7 @@ def _choose(options: argparse.Namespace) -> None:
     from bunny_lora import report
     from bunny_lora.evaluation import choose
 
-    of_run = options.run_dir and options.config is None
-    path = options.run_dir / "config.yaml" if of_run else options.config
+    path = options.config or (options.run_dir and options.run_dir / "config.yaml")
     config = open_config(path, settings=options.set, output_dir=options.run_dir)
     print(report.choice_table(choose(config.run_dir, config=config)))
 
@@ -306,7 +302,7 @@ def _generate(options: argparse.Namespace) -> None:
         "reference": options.reference or None,
     }
     settings = {key: value for key, value in typed_settings.items() if value is not None}
-    print(_recommendation(pipe, settings, inference.settings_with(pipe, **settings)), end="")
+    print(batch.recommendation(pipe, settings, inference.settings_with(pipe, **settings)), end="")
     for doubt in doubts([*prompts, options.negative_prompt or ""], pipe.tokenizer):
         print(doubt)
     if options.prompts:
@@ -321,28 +317,6 @@ def _generate(options: argparse.Namespace) -> None:
         for path, image in progress(zip(paths, images, strict=True), desc="draw", total=len(paths)):
             inference.save_image(image, path)
     print("\n".join(relative(path) for path in paths))
-
-
-def _recommendation(
-    pipe: StableDiffusionPipeline, typed_settings: Mapping[str, Any], drawn_with: Mapping[str, Any]
-) -> str:
-    """Return the line that says what a run's own recommendation decides; "" where nothing does."""
-    said = {
-        "num_inference_steps": "{} steps",
-        "guidance_scale": "guidance {}",
-        "width": "{} px wide",
-        "height": "{} px high",
-        "sampler": "{}",
-        "lora_scale": "LoRA scale {}",
-    }
-    recommended = pipe.recommended.settings() if pipe.recommended else {}
-    parts = [
-        text.format(recommended[key])
-        for key, text in said.items()
-        if key not in typed_settings and recommended.get(key) == drawn_with[key]
-        if (key, recommended[key]) != AS_TRAINED
-    ]
-    return f"As the run recommends: {', '.join(parts)}\n" if parts else ""
 
 
 def as_text(argument: str) -> str:
