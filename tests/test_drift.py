@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from bunny_lora import report
 from bunny_lora.config import Config
-from bunny_lora.core.eval_result import DriftScore, Interval
+from bunny_lora.core.eval_parts import DriftScore, Interval
 from bunny_lora.core.seeding import generator
 from bunny_lora.evaluation import drift, protocol
 from bunny_lora.evaluation.protocol import ImageSpec

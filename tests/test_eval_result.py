@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from test_scores import make_result
 
 from bunny_lora import report
-from bunny_lora.core import choice, eval_result, files
+from bunny_lora.core import choice, eval_parts, eval_result, files
 from bunny_lora.core.eval_result import EvalResult, Intervals
 from bunny_lora.errors import BunnyLoraError
 
@@ -26,10 +26,10 @@ PARTS = (
     eval_result.ScoreTable,
     Intervals,
     eval_result.Interval,
-    eval_result.DriftScore,
-    eval_result.Copies,
-    eval_result.Sameness,
-    eval_result.NearestView,
+    eval_parts.DriftScore,
+    eval_parts.Copies,
+    eval_parts.Sameness,
+    eval_parts.NearestView,
     eval_result.TraitScores,
     eval_result.TraitScore,
     eval_result.IdentityScores,

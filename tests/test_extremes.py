@@ -8,7 +8,7 @@ from test_scores import make_result, score
 
 from bunny_lora import report
 from bunny_lora.core import eval_result
-from bunny_lora.core.eval_result import Copies, NearestView
+from bunny_lora.core.eval_parts import Copies, NearestView
 from bunny_lora.core.image_file import save_image
 from bunny_lora.report.extremes import merit
 

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from bunny_lora.core import files
-from bunny_lora.core.eval_result import Interval
+from bunny_lora.core.eval_parts import Interval, Part
 from bunny_lora.errors import BunnyLoraError
 
 SCHEMA_VERSION = 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-class CheckpointLoss(_Part):
+class CheckpointLoss(Part):
     """How well one checkpoint predicts noise: the same noise, timesteps and frames for all of them."""
 
     model: str = Field(description="`checkpoint-<step>` or `final`")
@@ -32,7 +28,7 @@ class CheckpointLoss(_Part):
     characters: dict[str, float] = Field(description="mean over the frames of each character")
 
 
-class Candidate(_Part):
+class Candidate(Part):
     """One way of drawing, and how the pictures drawn with it were judged."""
 
     model: str = Field(description="`checkpoint-<step>` or `final`")
@@ -55,7 +51,7 @@ class Candidate(_Part):
         return f"{self.model}, scale {self.lora_scale:g}, guidance {self.guidance_scale:g}"
 
 
-class Choice(_Part):
+class Choice(Part):
     """The whole file."""
 
     schema_version: int = Field(SCHEMA_VERSION, description="version of this format")

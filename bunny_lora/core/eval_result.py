@@ -9,38 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 
 from bunny_lora.core import files
+from bunny_lora.core.eval_parts import (
+    Copies,
+    DriftScore,
+    Interval,
+    Part,
+    Rounded,
+)
 from bunny_lora.errors import BunnyLoraError
 
 SCHEMA_VERSION = 2
-DECIMALS = 5  # what float32 arithmetic can promise of a score
 
 T = TypeVar("T")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-class _Rounded(_Part):
-    @field_validator("*")
-    @classmethod
-    def _round(cls, value: Any) -> Any:
-        return round(value, DECIMALS) if isinstance(value, float) else value
-
-
-class Interval(_Rounded):
-    """A mean over images with its 95 % interval, in the unit of what is averaged."""
-
-    mean: float = Field(description="the mean")
-    low: float | None = Field(description="lower end of the interval; null of fewer than 3 images")
-    high: float | None = Field(description="upper end of the interval; null of fewer than 3 images")
-    n: int = Field(ge=1, description="how many images, from 1")
-
-
-class Measures(_Rounded, Generic[T]):
+class Measures(Rounded, Generic[T]):
     """Every measure, for some images of one model, or what it is more than the base model's."""
 
     fidelity: T = Field(
@@ -71,14 +57,14 @@ Means = Measures[float]
 MEASURES = tuple(Measures.model_fields)
 
 
-class ScoreTable(_Part):
+class ScoreTable(Part):
     """The measures of one model, or the differences between two: all images, and each character's."""
 
     all: Intervals = Field(description="over all images that name a character")
     characters: dict[str, Intervals] = Field(description="over the images of each character")
 
 
-class ReferenceScores(_Rounded):
+class ReferenceScores(Rounded):
     """What the training data scores among itself, to read the measures against."""
 
     similarity_of_crops: dict[str, Interval | None] = Field(
@@ -100,58 +86,7 @@ class ReferenceScores(_Rounded):
     n_frames: int = Field(ge=1, description="how many training frames there are")
 
 
-class DriftScore(_Rounded):
-    """How far training moved images of prompts that name nobody."""
-
-    moved: Interval = Field(
-        description="1 minus the cosine between `base` and `final`, 0 to 2, lower is better"
-    )
-    between_seeds: float | None = Field(
-        description="the same between two images of `base` of one prompt; null where none has two"
-    )
-    ratio: Interval | None = Field(
-        description="`moved` over `between_seeds`, 0: nothing, 1: as much as another seed"
-    )
-
-
-class NearestView(_Rounded):
-    """A picture beside what training saw that is most like it."""
-
-    file: str = Field(description="the picture, from the folder of eval.json")
-    view: str = Field(description="the view, as PNG, from the folder of eval.json")
-    frame: str = Field(description="file name of the frame that the view is cut from")
-    similarity: float = Field(description="cosine of the two, -1 to 1")
-
-
-class Sameness(_Part):
-    """How alike images of one character are that should differ."""
-
-    pictures: Interval = Field(description="mean cosine of `final`'s images of different prompts")
-    training: Interval | None = Field(
-        description="mean cosine of views of different shots in which the character is alone; null"
-        " where there are no two"
-    )
-
-
-class Copies(_Rounded):
-    """Pictures nearer to what training saw than frames are that it did not see."""
-
-    threshold: float = Field(
-        description="cosine to the nearest view of another shot, that 95 % of training's views stay"
-        " below"
-    )
-    n_views: int = Field(ge=1, description="how many views there are: squares, faces, mirror images")
-    above: dict[str, Interval] = Field(
-        description="of `base` and `final`, the share of images of characters that are nearer to a view"
-        " than `threshold`; 0.05 is what held-out frames have, of few shots more"
-    )
-    sameness: dict[str, Sameness] = Field(
-        description="of each character; `pictures` above `training`: the same picture again and again"
-    )
-    nearest: list[NearestView] = Field(description="the images of `final` that are nearest to a view")
-
-
-class EvalSettings(_Part):
+class EvalSettings(Part):
     """What must be equal for two evaluations to be comparable."""
 
     features: str = Field(description="the feature extractor; scores of different ones do not compare")
@@ -178,7 +113,7 @@ class EvalSettings(_Part):
     sampler: str = Field("own", description="what denoised: `sampling.sampler`; own of older files")
 
 
-class RunInfo(_Part):
+class RunInfo(Part):
     """Where the run and this evaluation came from."""
 
     config: dict[str, Any] = Field(description="the whole configuration of the evaluation")
@@ -194,7 +129,7 @@ class RunInfo(_Part):
     )
 
 
-class ImageScores(_Rounded):
+class ImageScores(Rounded):
     """One generated image. Those that name nobody have no scores."""
 
     model: str = Field(description="`base`, `checkpoint-<step>` or `final`")
@@ -221,7 +156,7 @@ class ImageScores(_Rounded):
     )
 
 
-class TraitScore(_Rounded):
+class TraitScore(Rounded):
     """One trait of one character: how sure the reader is of the right answer, 0 to 1, on average."""
 
     answer: str = Field(description="the right answer")
@@ -229,7 +164,7 @@ class TraitScore(_Rounded):
     models: dict[str, float] = Field(description="on the images of `base`, each checkpoint and `final`")
 
 
-class TraitScores(_Part):
+class TraitScores(Part):
     """What a reader of traits saw: identity, and beside it what was asked for.
 
     Identity is 0 where the base model stands, and 1 for renders of the character.
@@ -256,7 +191,7 @@ class TraitScores(_Part):
     )
 
 
-class Anchors(_Rounded):
+class Anchors(Rounded):
     """What a character's identity is measured between: mean cosines to its references."""
 
     base: Interval = Field(description="of the base model's images of it: a floor")
@@ -270,7 +205,7 @@ class Anchors(_Rounded):
     )
 
 
-class IdentityScores(_Part):
+class IdentityScores(Part):
     """Identity between the higher floor, 0, and the ceiling, 1; characters are cut out of all alike."""
 
     features: str = Field(description="what measured it")
@@ -285,7 +220,7 @@ class IdentityScores(_Part):
     )
 
 
-class Axis(_Part):
+class Axis(Part):
     """One more number for every model, with an interval that takes images of a prompt for alike."""
 
     features: str = Field(description="what measured it")
@@ -299,7 +234,7 @@ def sees(features: str) -> str:
     return f"{features}, sees colours only" if features == "palette" else features
 
 
-class MeanScores(_Part):
+class MeanScores(Part):
     """The means of a result, as handover.json passes them on."""
 
     features: str
@@ -308,7 +243,7 @@ class MeanScores(_Part):
     final: Means
 
 
-class EvalResult(_Part):
+class EvalResult(Part):
     """The whole file."""
 
     schema_version: int = Field(SCHEMA_VERSION, description="version of this format")

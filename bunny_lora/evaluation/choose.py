@@ -21,10 +21,11 @@ from bunny_lora.core.paths import resolve
 from bunny_lora.data.shots import shots
 from bunny_lora.dataset import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.evaluation import cutouts, metrics, protocol, world_traits
+from bunny_lora.evaluation import cutouts, following, metrics, protocol, world_traits
 from bunny_lora.evaluation.choosing import Point, Verdict, choose_point
 from bunny_lora.evaluation.drift import seed_distance
 from bunny_lora.evaluation.features import FeatureExtractor, load_feature_extractor
+from bunny_lora.evaluation.following import PromptReader
 from bunny_lora.evaluation.intervals import prompt_interval
 from bunny_lora.evaluation.judge import Reference, extract_files
 from bunny_lora.evaluation.protocol import NEUTRAL, ImageSpec, Model
@@ -98,10 +99,12 @@ def choose(
         names = shortlist(losses, config, held_out=bool(held))
         ways = ways_of([model for model in models if model.name in names], models[-1], steps, config)
         bench = Bench.of(run_dir, config, extractor, list(data.crops))
-        protocol.generate_missing(run_dir, [base, *models], bench.plan(ways), config, group)
+        plan = bench.plan(ways)
+        protocol.generate_missing(run_dir, [base, *models], plan, config, group)
 
         def judge_and_write() -> Choice:
-            judge = judge_of(run_dir, config, extractor, data, bench.characters)
+            drawn = [spec for spec in plan if spec.character in data.crops]
+            judge = judge_of(run_dir, config, extractor, data, drawn)
             verdict, candidates = bench.choose(ways, judge)
             best = ways[verdict.chosen].model
             choice = Choice(
@@ -205,14 +208,23 @@ def judge_of(
     config: Config,
     extractor: FeatureExtractor,
     data: Reference,
-    base: Sequence[ImageSpec],
+    drawn: Sequence[ImageSpec],
 ) -> Judge:
     """Return what scores images of characters: the reader of traits if the configuration names any.
 
-    Features alone tell identity, and not whether a picture shows what was asked for.
+    Features alone tell identity; `evaluation.prompt_features` tells what was asked for, if it is set.
+
+    Args:
+        run_dir: the run's folder.
+        config: says who judges.
+        extractor: the features.
+        data: has the characters' crops.
+        drawn: all images of characters, those of the base model among them.
     """
+    base = [spec for spec in drawn if spec.model == "base"]
     if config.evaluation.traits:
         return world_traits.Judge.of_run(run_dir, config, base)
+    matches = _matches(run_dir, config, drawn)
     crops = {name: extractor(images) for name, images in data.crops.items()}
 
     def similarity(specs: Sequence[ImageSpec]) -> torch.Tensor:
@@ -223,16 +235,24 @@ def judge_of(
     floors = similarity(base)
     who = [spec.character for spec in base]
 
-    def identity(specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, None]:
+    def judge(specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
         values = similarity(specs)
         for name, rows in crops.items():
             mine = torch.tensor([spec.character == name for spec in specs])
             floor = float(floors[torch.tensor([one == name for one in who])].mean())
             ceiling = float(metrics.consistency(rows).mean()) if len(rows) > 1 else 1.0
             values[mine] = normalised(values[mine], floor, ceiling)
-        return values, None
+        return values, torch.tensor([matches[spec.file] for spec in specs]) if matches else None
 
-    return identity
+    return judge
+
+
+def _matches(run_dir: Path, config: Config, drawn: Sequence[ImageSpec]) -> dict[str, float]:
+    """Return how well each image shows what its prompt asks, by its file; empty where nothing tells."""
+    if not (name := config.evaluation.prompt_features):
+        return {}
+    device = devices.resolve_device(config.device)
+    return following.following(run_dir, config, drawn, PromptReader(name, device.type))[1]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from bunny_lora.config import Config
-from bunny_lora.core.eval_result import Copies, Interval, NearestView, Sameness
+from bunny_lora.core.eval_parts import Copies, Interval, NearestView, Sameness
 from bunny_lora.core.image_file import save_image
 from bunny_lora.core.seeding import generator
 from bunny_lora.data.frames import Sample

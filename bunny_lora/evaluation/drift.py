@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bunny_lora.core.eval_result import DriftScore
+from bunny_lora.core.eval_parts import DriftScore
 from bunny_lora.evaluation import metrics
 from bunny_lora.evaluation.intervals import prompt_interval
 from bunny_lora.evaluation.protocol import EMPTY, NEUTRAL, OTHERS, ImageSpec

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bunny_lora.core.eval_result import Interval
+from bunny_lora.core.eval_parts import Interval
 from bunny_lora.evaluation.traits import clustered_interval
 
 MIN_PROMPTS = 3

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bunny_lora.core import choice as choice_file
 from bunny_lora.core.choice import Candidate, Choice
-from bunny_lora.core.eval_result import Interval
+from bunny_lora.core.eval_parts import Interval
 from bunny_lora.core.image_file import read_metadata
 from bunny_lora.report.grids import picture_grid
 from bunny_lora.report.plot import BLUE, GREY, ORANGE, SMALL_PT, Plot, clean, spread, wrap
