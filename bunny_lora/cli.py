@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
-from bunny_lora.config import Config, json_schema
+from bunny_lora.config import json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import new, relative, typed, typed_or_name
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
-from bunny_lora.session import open_config
+from bunny_lora.session import models_of, open_config
 from bunny_lora.world.cli import add_world
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--max-steps", type=int, help="training.max_train_steps")
     train.add_argument("--output-dir", type=typed, help="the run's folder")
     train.add_argument(
-        "--resume",
-        type=typed_or_name,
-        help="auto, never, a checkpoint's step, name or path",
+        "--resume", type=typed_or_name, help="auto, never, a checkpoint's step, name or path"
     )
     train.set_defaults(run=_train)
 
@@ -263,24 +261,13 @@ def _config(options: argparse.Namespace) -> None:
 def _download(options: argparse.Namespace) -> None:
     from bunny_lora.model import components, hub, image_encoder
 
-    names = (
-        [options.model]
-        if options.model
-        else models_of(open_config(options.config, settings=options.set))
-    )
+    config = None if options.model else open_config(options.config, settings=options.set)
+    names = models_of(config) if config else [options.model]
     for name in names:
         if folder := components.folder_here(name) or image_encoder.folder_here(name):
             print(f"{name} needs no download: {relative(Path(folder))}")
         else:
             print(hub.fetch(name))
-
-
-def models_of(config: Config) -> list[str]:
-    """Return every model that a configuration names: of the base, and what looks at pictures."""
-    evaluation = config.evaluation
-    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
-    named = [name for name in encoders if name and name != "palette"]
-    return list(dict.fromkeys([config.base_model, *named]))
 
 
 def _generate(options: argparse.Namespace) -> None:
