@@ -104,12 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     config.set_defaults(run=_config)
     download = _with_config(commands.add_parser("download", help="fetch models from the hub"))
-    download.add_argument(
-        "model",
-        nargs="?",
-        type=typed_or_name,
-        help="owner/name, or owner/name@revision; default: all that the configuration names",
-    )
+    whole = "owner/name, or owner/name@revision; default: all that the configuration names"
+    download.add_argument("model", nargs="?", type=typed_or_name, help=whole)
     download.set_defaults(run=_download)
     _add_generate(commands.add_parser("generate", help="draw pictures with trained weights"))
     _add_export(commands.add_parser("export", help="write trained weights for other programs"))
