@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
 from bunny_lora.arguments import of_export, of_generate, of_sweep, with_config
-from bunny_lora.config import Config, json_schema
+from bunny_lora.config import json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
 from bunny_lora.core.paths import new, relative, typed, typed_or_name
 from bunny_lora.errors import BunnyLoraError, FollowerError, LostProcessError
-from bunny_lora.session import open_config
+from bunny_lora.session import models_of, open_config
 from bunny_lora.world.cli import add_world
 
 if TYPE_CHECKING:
@@ -193,14 +193,6 @@ def _download(options: argparse.Namespace) -> None:
             print(f"{name} needs no download: {relative(Path(folder))}")
         else:
             print(hub.fetch(name))
-
-
-def models_of(config: Config) -> list[str]:
-    """Return every model that a configuration names: of the base, and what looks at pictures."""
-    evaluation = config.evaluation
-    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
-    named = [name for name in encoders if name and name != "palette"]
-    return list(dict.fromkeys([config.base_model, *named]))
 
 
 def _generate(options: argparse.Namespace) -> None:

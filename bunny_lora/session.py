@@ -70,6 +70,14 @@ def _choose(
     return paths.choose_params(overrides)
 
 
+def models_of(config: Config) -> list[str]:
+    """Return every model that a configuration names: of the base, and what looks at pictures."""
+    evaluation = config.evaluation
+    encoders = (config.face_encoder, evaluation.features, evaluation.prompt_features)
+    named = [name for name in encoders if name and name != "palette"]
+    return list(dict.fromkeys([config.base_model, *named]))
+
+
 def reject_unknown_parameters() -> None:
     """Raise BunnyLoraError if papermill injected a name that the `parameters` cell does not have.
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import draw_frames, tiny_config
 from PIL import Image
 
-from bunny_lora import cli
+from bunny_lora import cli, session
 from bunny_lora.config import json_schema, load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import hub
@@ -183,5 +183,6 @@ def test_weights_of_a_lora_may_follow_its_path(tmp_path: Path, monkeypatch: pyte
 def test_all_models_that_a_configuration_names_can_be_fetched_beforehand() -> None:
     film = load_config(Path(__file__).parents[1] / "params" / "cpu.yaml")
     looking = ["facebook/dinov2-small", "openai/clip-vit-base-patch32@refs/pr/66"]
-    assert cli.models_of(film) == ["nota-ai/bk-sdm-tiny", *looking]
-    assert cli.models_of(tiny_config("random-tiny", face_encoder="a/clip")) == ["random-tiny", "a/clip"]
+    assert session.models_of(film) == ["nota-ai/bk-sdm-tiny", *looking]
+    tied = tiny_config("random-tiny", face_encoder="a/clip")
+    assert session.models_of(tied) == ["random-tiny", "a/clip"]
