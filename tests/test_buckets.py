@@ -16,7 +16,7 @@ from bunny_lora.data.buckets import bucket_of
 from bunny_lora.data.summary import SCHEMA_VERSION, SUMMARY
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.trainer import LoRATrainer
-from bunny_lora.training import sampler, setup
+from bunny_lora.training import plan, sampler, setup
 from bunny_lora.training.latents import EncodedImages
 
 
@@ -120,9 +120,12 @@ def test_near_duplicates_share_the_weight_of_one(
     pictures = sorted(data.glob("*.png"))
     for path in pictures[1:3]:
         path.write_bytes(pictures[0].read_bytes())
-    images = setup.set_up(tiny_config(tiny_model, thin_duplicates=True)).learner.images
+    config = tiny_config(tiny_model, thin_duplicates=True)
+    images = setup.set_up(config).learner.images
     assert "thin_duplicates: 4 pictures count as 2" in capsys.readouterr().out
     assert images.repeats == [1, 1, 1, 3]
+    pictures = ImageDataset(data, resolution=32, center_crop=True)
+    assert plan.often(config, pictures, 12)[0] == [2, 2, 2, 6]
 
 
 def test_characters_are_balanced_by_what_is_seen_of_them(data: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bunny_lora.config import Config
+from bunny_lora.data.shots import near_duplicates
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.training import banner, validation
 
@@ -150,7 +151,11 @@ def count_work(config: Config, images: ImageDataset, n_views: int, n_done: int =
 
 def often(config: Config, images: ImageDataset, n_images: int) -> tuple[list[float], dict[str, float]]:
     """Return how often a run of `n_images` sees each frame, and by name how often each character."""
-    repeats = images.repeats(balance=config.balance_characters)
+    paths = [sample.path for sample in images.samples]
+    groups = near_duplicates(paths) if config.thin_duplicates else None
+    repeats = images.repeats(
+        balance=config.balance_characters, zoom=config.zoom_on_faces, groups=groups
+    )
     each = [n_images * n / sum(repeats) for n in repeats]
     counts: Counter[str] = Counter()
     for sample, n in zip(images.samples, each, strict=True):
