@@ -46,7 +46,7 @@ def test_a_reference_is_a_face_grown_to_a_body_and_one_stands_for_a_shot(
     found = cutouts.references([*film, hidden], ["rex"])
     assert [cutout.path for cutout in found["rex"]] == [film[i].path for i in (0, 3, 6)]
     assert "1 images that name a character show no face" in capsys.readouterr().out
-    crop = found["rex"][0].open()
+    crop = found["rex"][0].image()
     width = FACE_TO_BODY * 10  # of the frame, all around the face
     assert crop.getpixel((5, 5)) == Image.new("RGB", (1, 1), SKIES[0]).getpixel((0, 0))
     assert crop.getpixel((crop.width // 2, round(crop.height * (20 + 0.9 * width / 2) / width))) == (
@@ -85,7 +85,7 @@ def test_pictures_whose_faces_nobody_looked_for_are_taken_whole_and_that_is_said
     film = [frame(tmp_path, sky, ["red"], "rex", found=False) for sky in SKIES]
     found = cutouts.references(film, ["rex"])
     assert [cutout.box for cutout in found["rex"]] == [None] * 5
-    assert found["rex"][0].open().size == (cutouts.CROP_SIZE_PX,) * 2
+    assert found["rex"][0].image().size == (cutouts.CROP_SIZE_PX,) * 2
     by_features = tiny_config("random-tiny", evaluation={"features": "a/clip"})
     assert cutouts.tied_faces(film, by_features) is None  # and nothing is loaded for it
     said = capsys.readouterr().out

@@ -45,7 +45,7 @@ class Cutout:
         """The longer side of the face in pixels; 0 without one."""
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1]) if self.box else 0
 
-    def open(self) -> Image.Image:
+    def image(self) -> Image.Image:
         """Return the square around the face that holds most of the body."""
         frame = open_rgb(self.path)
         if self.box:

@@ -82,7 +82,7 @@ class Reference:
         named = sorted(counts, key=lambda name: (-counts[name], name))
         shown = samples if named else subject_of(samples, config)
         found = cutouts.references(shown, named or [SUBJECT], cutouts.tied_faces(shown, config))
-        crops = {name: [cutout.open() for cutout in cut] for name, cut in found.items()}
+        crops = {name: [cutout.image() for cutout in cut] for name, cut in found.items()}
         return cls(crops, samples)
 
 
