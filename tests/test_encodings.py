@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, draw_frames, tiny_config
 
-from bunny_lora import cli
+from bunny_lora import arguments
 from bunny_lora.core import image_file
 
 RABBIT = "zoë \N{RABBIT FACE} 兔"
@@ -94,8 +94,8 @@ def test_what_the_terminal_can_write_is_written_as_it_is(project: Path) -> None:
 
 
 def test_what_the_locale_decoded_is_left_as_it_is() -> None:
-    assert cli.as_text(RABBIT) == RABBIT
+    assert arguments.as_text(RABBIT) == RABBIT
     undecoded = RABBIT.encode().decode("ascii", "surrogateescape")
-    assert cli.as_text(undecoded) == RABBIT
+    assert arguments.as_text(undecoded) == RABBIT
     latin = "zoë".encode("latin-1").decode("utf-8", "surrogateescape")
-    assert cli.as_text(latin) == latin
+    assert arguments.as_text(latin) == latin

@@ -67,10 +67,14 @@ def hub(published: Path) -> Iterator[Hub]:
 
 
 def bunny(hub: Hub, root: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """Run a command in a process of its own against the hub, with a cache below the root."""
+    """Run a command in a process of its own against the hub, with a cache below the root.
+
+    `-c` and a text run that as Python.
+    """
     settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "0"}
     settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "bunny_lora", *arguments]
+    module = () if arguments[0] == "-c" else ("-m", "bunny_lora")
+    command = [sys.executable, *module, *arguments]
     env = os.environ | settings | env
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
 
@@ -262,7 +266,7 @@ def test_an_image_encoder_is_fetched_without_its_pickles_and_then_needs_no_hub(
     )
     with serving(Hub(tmp_path)) as hub:
         refused = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
-        fetched = bunny(hub, project, "-m", "bunny_lora", "download", "somebody/tiny@main")
+        fetched = bunny(hub, project, "download", "somebody/tiny@main")
         loaded = bunny(hub, project, "-c", load, HF_ENDPOINT="http://127.0.0.1:9")
     assert "Could not load evaluation.features somebody/tiny@main" in refused.stderr
     assert "With no download, evaluation.features takes palette and bunny-world." in refused.stderr

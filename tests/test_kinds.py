@@ -108,7 +108,8 @@ def sd2_like(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_stable_diffusion_2_with_zero_terminal_snr_is_drawn_with_as_by_diffusers(sd2_like: str) -> None:
     settings = {"num_inference_steps": 3, "width": 64, "height": 64}
-    ours = inference.generate_image(inference.load_lora_pipeline(sd2_like), "rex", seed=5, **settings)
+    pipe = inference.load_lora_pipeline(sd2_like)
+    ours = inference.generate_image(pipe, "rex", seed=5, reference=True, **settings)
     plain = StableDiffusionPipeline.from_pretrained(sd2_like)
     assert plain.scheduler.config.prediction_type == "v_prediction"
     theirs = plain("rex", generator=torch.Generator("cpu").manual_seed(5), **settings).images[0]
