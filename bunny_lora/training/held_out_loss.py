@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 
 from bunny_lora.config import Config
 from bunny_lora.core.progress import progress
 from bunny_lora.data.frames import Sample
-from bunny_lora.dataset import ImageDataset, sample_indices
+from bunny_lora.dataset import sample_indices
 from bunny_lora.model import adapters, components, devices
 from bunny_lora.model.components import Components
+from bunny_lora.training import setup
 from bunny_lora.training.latents import EncodedImages, encode_dataset
 from bunny_lora.training.objective import Learner
 
@@ -43,7 +43,9 @@ def checkpoint_losses(
     device = devices.resolve_device(config.device)
     parts = components.load_components(config.base_model, device, dtype)
     images = _encode(parts, config, samples)
-    models = _attach(parts, config, next(iter(folders.values())))
+    models = setup.attach(parts, config, adapters.adapter_parts(next(iter(folders.values()))))
+    for part in models:
+        getattr(parts, part).eval()
     learner = Learner(parts, config, images, models=models)
     found = {}
     bar = progress(folders.items(), desc="loss of checkpoints", total=len(folders))
@@ -55,35 +57,13 @@ def checkpoint_losses(
 
 
 def _encode(parts: Components, config: Config, samples: Sequence[Sample]) -> EncodedImages:
-    images = ImageDataset(
-        samples,
-        resolution=config.resolution,
-        center_crop=config.center_crop,
-        tokenizer=parts.tokenizer,
-    )
     return encode_dataset(
         parts.vae,
-        images,
+        setup.image_dataset(config, parts, list(samples), is_training=False),
         config.data_path.parent / "latents",
         zoom_on_faces=config.zoom_on_faces,
         stream="held out",
     )
-
-
-def _attach(parts: Components, config: Config, folder: Path) -> dict[str, PeftModel]:
-    models = {
-        part: adapters.attach(
-            getattr(parts, part),
-            part,
-            config.lora,
-            base_model=config.base_model,
-            seed=config.training.seed,
-        )
-        for part in adapters.adapter_parts(folder)
-    }
-    for part in models:
-        getattr(parts, part).eval()
-    return models
 
 
 @torch.no_grad()

@@ -129,7 +129,11 @@ def assemble(
     group: ProcessGroup = ProcessGroup(),  # noqa: B008
 ) -> Setup:
     """Attach fresh LoRA to a base model that is loaded, and put a run together around it."""
-    models = _attach(parts, config)
+    if config.training.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+        if config.lora.train_text_encoder:
+            parts.text_encoder.activation_checkpointing_enable()
+    models = attach(parts, config, _trained_parts(config))
     learner = Learner(parts, config, images, class_images, models)
     unet, *text_encoder = (_trainable(parts, [part]) for part in models)
     optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
@@ -210,11 +214,8 @@ def _trainable(parts: Components, models: Iterable[str]) -> list[torch.nn.Parame
     return [parameter for parameters in found for parameter in parameters.values()]
 
 
-def _attach(parts: Components, config: Config) -> dict[str, PeftModel]:
-    if config.training.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
-        if config.lora.train_text_encoder:
-            parts.text_encoder.activation_checkpointing_enable()
+def attach(parts: Components, config: Config, names: Iterable[str]) -> dict[str, PeftModel]:
+    """Attach fresh LoRA to the parts of a base model that are named, by the run's configuration."""
     return {
         part: adapters.attach(
             getattr(parts, part),
@@ -223,7 +224,7 @@ def _attach(parts: Components, config: Config) -> dict[str, PeftModel]:
             base_model=config.base_model,
             seed=config.training.seed,
         )
-        for part in _trained_parts(config)
+        for part in names
     }
 
 
