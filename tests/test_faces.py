@@ -66,6 +66,8 @@ def alone(tmp_path: Path) -> list[Sample]:
         ("ellie", "ellie", ("ellie",)),
         ("ellie", "", ()),
         ("", "ellie rex", (None, None)),
+        ("ellie victoria", "ellie nobody", ("ellie", None)),
+        ("victoria ellie rex", "nobody rex ellie", (None, "rex", "ellie")),
     ],
 )
 def test_each_name_gets_the_face_that_is_like_it_elsewhere(
@@ -81,7 +83,9 @@ def test_each_name_gets_the_face_that_is_like_it_elsewhere(
         ("ellie", "ellie ellie", faces.UNCLEAR),
         ("ellie rex", "ellie phil", faces.UNCLEAR),  # Rex is not seen, and Phil is not meant
         ("ellie rex", "grey grey", faces.UNCLEAR),
-        ("ellie victoria", "ellie nobody", faces.NO_PROTOTYPE),
+        ("victoria", "ellie nobody", faces.NO_PROTOTYPE),
+        ("ellie rex victoria", "ellie nobody", faces.HIDDEN),
+        ("ellie victoria", "grey nobody", faces.UNCLEAR),
     ],
 )
 def test_where_it_is_in_doubt_nobody_is_tied_and_that_is_said(

@@ -23,7 +23,8 @@ from bunny_lora.model.image_encoder import FeatureExtractor
 MARGIN = 0.05  # of cosines summed: how far the best match has to be before the second best
 MAX_MATCHES = 5040  # of names and faces in a picture: four of ten
 
-NO_PROTOTYPE = "somebody in them is nowhere alone with one face found"
+NO_PROTOTYPE = "nobody in them is anywhere alone with one face found"
+HIDDEN = "fewer faces than names, and somebody is nowhere alone with one face found"
 UNCLEAR = "unclear who is who"
 CROWD = "too many faces"
 
@@ -39,11 +40,11 @@ def tie_faces(images: ImageDataset, encode: FeatureExtractor) -> list[FaceNames]
     """
     numbers = progress(range(len(images)), desc="tie faces to names")
     vectors = [_vectors(images, index, encode) for index in numbers]
-    prototypes = _prototypes(images.samples, vectors)
+    prototypes, least = _prototypes(images.samples, vectors)
     tied: list[FaceNames] = []
     doubts: Counter[str] = Counter()
     for sample, found in zip(images.samples, vectors, strict=True):
-        names, doubt = _tie(sample, found, prototypes)
+        names, doubt = _tie(sample, found, prototypes, least)
         tied.append(names)
         doubts.update([doubt] if doubt else [])
     n_faces = sum(name is not None for names in tied for name in names)
@@ -67,32 +68,46 @@ def _vectors(images: ImageDataset, index: int, encode: FeatureExtractor) -> torc
     return encode([images.face(index, face, FACE_TO_HEAD) for face in range(len(sample.faces))])
 
 
-def _prototypes(samples: Sequence[Sample], vectors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _prototypes(
+    samples: Sequence[Sample], vectors: list[torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Return each name's prototype, and the least that a crop they are made of is like its own."""
     crops: dict[str, list[torch.Tensor]] = {}
     for sample, found in zip(samples, vectors, strict=True):
         if sample.is_sure:
             crops.setdefault(sample.characters[0], []).append(found[0])
-    return {name: normalize(torch.stack(rows).mean(0), dim=0) for name, rows in crops.items()}
+    prototypes = {name: normalize(torch.stack(rows).mean(0), dim=0) for name, rows in crops.items()}
+    own = [float((torch.stack(rows) @ prototypes[name]).min()) for name, rows in crops.items()]
+    return prototypes, min(own, default=1.0)
 
 
 def _tie(
-    sample: Sample, vectors: torch.Tensor, prototypes: dict[str, torch.Tensor]
+    sample: Sample, vectors: torch.Tensor, prototypes: dict[str, torch.Tensor], least: float
 ) -> tuple[FaceNames, str]:
-    """Return whose the faces are, and what the doubt is where all stay untied."""
+    """Return whose the faces are, and what the doubt is where all stay untied.
+
+    A name that is nowhere alone stays without a face, and the others get theirs.
+    """
     names, n_faces = sample.characters, len(sample.faces)
     untied: FaceNames = (None,) * n_faces
     if not names or not n_faces:
         return untied, ""
     if sample.is_sure:
         return names, ""
-    if any(name not in prototypes for name in names):
+    known = [name for name in names if name in prototypes]
+    if not known:
         return untied, NO_PROTOTYPE
-    most, fewest = max(n_faces, len(names)), min(n_faces, len(names))
+    if len(known) < len(names) and n_faces < len(names):  # A face may be of whoever is not known.
+        return untied, HIDDEN
+    most, fewest = max(n_faces, len(known)), min(n_faces, len(known))
     if math.perm(most, fewest) > MAX_MATCHES:
         return untied, CROWD
     similarity = {name: (vectors @ prototype).tolist() for name, prototype in prototypes.items()}
-    match = _clear_match(names, n_faces, similarity)
-    who = {face: names[name] for name, face in match}
+    match = _clear_match(known, n_faces, similarity)
+    if len(known) < len(names):  # Another face may be of whoever is not known: like is not enough.
+        sure = all(similarity[known[name]][face] >= least - MARGIN for name, face in match)
+        match = match if sure else ()
+    who = {face: known[name] for name, face in match}
     return tuple(who.get(face) for face in range(n_faces)), "" if match else UNCLEAR
 
 
