@@ -79,6 +79,16 @@ def encoded(tiny_model: str, **changes: object) -> EncodedImages:
     return setup.set_up(tiny_config(tiny_model, **BUCKETS | changes)).learner.images
 
 
+def test_samples_of_one_image_are_of_all_its_views(tiny_model: str, data: Path) -> None:
+    images = encoded(tiny_model, **BUCKETS)
+    for index, views in enumerate(images.views):
+        batches = images.draws(0, index, 6, 1000)
+        assert sum(len(batch.latents) for batch in batches) == 6
+        assert {batch.latents.shape[2:] for batch in batches} == {v.latent_dist.shape[2:] for v in views}
+        again = images.draws(0, index, 6, 1000)
+        assert all(torch.equal(a.noise, b.noise) for a, b in zip(batches, again, strict=True))
+
+
 def test_pictures_are_shown_whole_and_faces_in_squares(tiny_model: str, data: Path) -> None:
     images = encoded(tiny_model)
     sizes = [[view.size for view in views] for views in images.views]

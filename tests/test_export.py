@@ -133,6 +133,26 @@ def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None
     assert "for 4 steps on 6 images" in body
 
 
+def test_the_model_card_says_how_to_draw(run_dir: Path, tiny_model: str) -> None:
+    lora = {"unet": {"x": MODULE}}
+
+    def said(weights: str) -> str:
+        about = model_card.About.of_run(run_dir / weights, tiny_model, lora)
+        return model_card.model_card(about, ["x.safetensors"])
+
+    assert "Draw with LoRA scale 1, guidance" in said("final")
+    assert "as the run's own samples were drawn." in said("final")
+    path = run_dir / "handover.json"
+    handover = json.loads(path.read_text())
+    handover |= {"why": "because", "weights": "checkpoint-1"}
+    handover["recommended"] |= {"lora_scale": 0.7, "guidance_scale": 2.5}
+    path.write_text(json.dumps(handover))
+    assert "Draw with" not in said("final")  # Not what the run hands on
+    shutil.copytree(run_dir / "final", run_dir / "checkpoint-1", dirs_exist_ok=True)
+    assert "Draw with LoRA scale 0.7, guidance 2.5 and" in (text := said("checkpoint-1"))
+    assert "as `choose` found." in text
+
+
 def test_a_model_card_takes_any_name(run_dir: Path, tiny_model: str) -> None:
     about = model_card.About.of_run(run_dir / "final", tiny_model, {"unet": {"x": MODULE}})
     strange_names = [

@@ -48,6 +48,7 @@ class About:
     rank: int
     alpha: float
     scores: EvalResult | None
+    drawn_with: str | None
     thumbnail: bytes | None
     base_identity: str | None
     weights_sha256: str | None
@@ -75,6 +76,7 @@ class About:
             rank=first.rank,
             alpha=first.alpha,
             scores=eval_result.find(run) if run else None,
+            drawn_with=_drawn_with(run, weights) if run else None,
             thumbnail=_thumbnail(run) if run else None,
             base_identity=components.base_identity(base_model),
             weights_sha256=adapters.adapter_digest(weights),
@@ -175,6 +177,19 @@ def _step(weights_dir: Path) -> int | None:
     return read_handover(weights_dir.parent).step if handed_on else None
 
 
+def _drawn_with(run_dir: Path, weights: Path) -> str | None:
+    """Return how a run's own weights are to be drawn with, if it hands on these."""
+    if not (run_dir / HANDOVER).is_file():
+        return None
+    handover = read_handover(run_dir)
+    if (run_dir / handover.weights).resolve() != weights.resolve():
+        return None
+    how = handover.recommended
+    said = f"LoRA scale {how.lora_scale:g}, guidance {how.guidance_scale:g} and"
+    said += f" {how.num_inference_steps} steps of {how.sampler} at {how.width} x {how.height}"
+    return said + (", as `choose` found" if handover.why else ", as the run's own samples were drawn")
+
+
 def _samples(config: Config | None) -> list[Sample]:
     try:
         return read_split(config)[0] if config else []
@@ -221,6 +236,8 @@ def model_card(about: About, files: list[str]) -> str:
         rows = "".join(f"| {_plain(name)} | {count} |\n" for name, count in about.characters.items())
         text += f"| trigger word | training images |\n|---|---|\n{rows}\n"
     text += "Files: " + ", ".join(f"`{name}`" for name in files) + ".\n"
+    if about.drawn_with:
+        text += f"\nDraw with {about.drawn_with}.\n"
     if about.scores:
         text += "\n" + _score_table(about.scores)
     return text

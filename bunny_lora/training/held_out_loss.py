@@ -14,15 +14,13 @@ import torch
 from bunny_lora.config import Config
 from bunny_lora.core.progress import progress
 from bunny_lora.data.frames import Sample
-from bunny_lora.dataset import sample_indices
 from bunny_lora.model import adapters, components, devices
 from bunny_lora.model.components import Components
 from bunny_lora.training import setup
 from bunny_lora.training.latents import EncodedImages, encode_dataset
 from bunny_lora.training.objective import Learner
 
-N_SAMPLES = 96  # about: of each frame several, each with a square, a timestep and noise of its own
-BATCH_SIZE = 8
+N_SAMPLES = 96  # about: of each frame several, each with a view, a timestep and noise of its own
 SEED = 0  # of no run: all are measured alike
 
 
@@ -59,7 +57,7 @@ def checkpoint_losses(
 def _encode(parts: Components, config: Config, samples: Sequence[Sample]) -> EncodedImages:
     return encode_dataset(
         parts.vae,
-        setup.image_dataset(config, parts, list(samples), is_training=False),
+        setup.image_dataset(config, parts, list(samples)),
         config.data_path.parent / "latents",
         zoom_on_faces=config.zoom_on_faces,
         stream="held out",
@@ -73,9 +71,7 @@ def _frame_losses(learner: Learner) -> torch.Tensor:
     count = learner.components.noise_scheduler.config.num_train_timesteps
     n_draws = -(-N_SAMPLES // n)
     sums = torch.zeros(n)
-    for first in range(0, n * n_draws, BATCH_SIZE):
-        size = min(BATCH_SIZE, n * n_draws - first)
-        batch = learner.images.batch(SEED, first, size, count)
-        frames = torch.tensor(sample_indices(SEED, n, first, size))
-        sums.index_add_(0, frames, learner.losses(batch).cpu())
+    for frame in range(n):
+        for batch in learner.images.draws(SEED, frame, n_draws, count):
+            sums[frame] += learner.losses(batch).cpu().sum()
     return sums / n_draws

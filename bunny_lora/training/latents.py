@@ -143,6 +143,16 @@ class EncodedImages:
         ]
         return Batch.joined(drawn)
 
+    def draws(self, seed: int, index: int, count: int, num_train_timesteps: int) -> list[Batch]:
+        """Return `count` samples of one image, as batches of one size each."""
+        sizes = sorted({view.size for view in self.views[index]}) if self.buckets else [None]
+        batches = []
+        for place, size in enumerate(sizes[:count]):
+            positions = range(index * count + place, (index + 1) * count, len(sizes))
+            drawn = [self._draw(seed, p, index, num_train_timesteps, size) for p in positions]
+            batches.append(Batch.joined(drawn))
+        return batches
+
     @cached_property
     def _of_size(self) -> dict[Size, list[int]]:
         """The images of each size of latents, as often as they come in an epoch.
