@@ -14,6 +14,7 @@ from bunny_lora.report.data_figures import (
 )
 from bunny_lora.report.extremes import extremes_grid, nearest_grid
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
+from bunny_lora.report.page import write_report
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
@@ -47,4 +48,5 @@ __all__ = [
     "traits_chart",
     "traits_table",
     "weak_spots_text",
+    "write_report",
 ]
