@@ -6,7 +6,7 @@ The one place that knows the VAE's scaling factor, and the names of models that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,12 +263,17 @@ def save_model(model: Any, folder: Path) -> None:
 
 @quiet()
 @torch.no_grad()
-def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+def generate(
+    pipe: diffusers.StableDiffusionPipeline,
+    settings: ImageSettings,
+    on_step: Callable[[int], None] | None = None,
+) -> Image.Image:
     """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
-    On the path "reference" nothing here differs from diffusers alone, to the bit.
+    On the path "reference" nothing here differs from diffusers alone, to the bit. `on_step` is told
+    each denoising step that is done, from 1.
     """
     pipe.set_progress_bar_config(disable=True)
     adapter_scale = None
@@ -287,5 +292,16 @@ def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -
             width=settings.width,
             height=settings.height,
             cross_attention_kwargs=adapter_scale,
+            callback_on_step_end=_telling(on_step) if on_step else None,
         )
     return add_metadata(result.images[0], settings.model_dump())
+
+
+def _telling(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    """Return what diffusers calls after each step; it hands back what it may change, unchanged."""
+
+    def tell(_: Any, place: int, __: Any, changeable: dict[str, Any]) -> dict[str, Any]:
+        on_step(place + 1)
+        return changeable
+
+    return tell

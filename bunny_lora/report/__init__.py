@@ -5,6 +5,8 @@ Everything that notebooks and the command line call is a name of this package.
 
 from bunny_lora.report.axes import axes_chart, axes_table
 from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, read_choice
+from bunny_lora.report.compare_page import write_comparison_page
+from bunny_lora.report.comparison import comparison_chart, comparison_grid, comparison_table
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
@@ -30,6 +32,9 @@ __all__ = [
     "choice_chart",
     "choice_grid",
     "choice_table",
+    "comparison_chart",
+    "comparison_grid",
+    "comparison_table",
     "contact_sheet",
     "dropped_table",
     "dropped_text",
@@ -48,5 +53,6 @@ __all__ = [
     "traits_chart",
     "traits_table",
     "weak_spots_text",
+    "write_comparison_page",
     "write_report",
 ]

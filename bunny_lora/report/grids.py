@@ -7,6 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bunny_lora.config import load_config
 from bunny_lora.core.eval_result import EvalResult
@@ -22,8 +23,8 @@ def picture_grid(
     titles: tuple[str, str],
     labels: Sequence[str],
     groups: Sequence[tuple[str, Sequence[str]]],
-    cells: Sequence[Sequence[Path | None]],
-) -> Figure:
+    cells: Sequence[Sequence[Path | Image.Image | None]],
+) -> Plot:
     """Show pictures in rows and columns.
 
     Args:

@@ -79,14 +79,15 @@ def _headline(result: EvalResult | None) -> str:
     found = measures(result)
     identity, asked = axis(found, "identity"), axis(found, "as asked")
     if result.traits and identity and asked:
-        return f"{_told(identity).capitalize()}. {_told(asked).capitalize()}."
+        return f"{_told(identity)}; {_told(asked)}."
     return f"{verdict(result)}."
 
 
 def _told(measure: Measure) -> str:
     before = f"base model {number(measure.base.mean)}" if measure.base else ""
     ends = f"; 95 % interval {spread_of(measure.final)}" if spread_of(measure.final) else ""
-    return f"{measure.name} {number(measure.final.mean)} ({before}{ends})"
+    name = measure.name[0].upper() + measure.name[1:]
+    return f"{name}: {number(measure.final.mean)} ({before}{ends})"
 
 
 def warnings(run: Run) -> list[str]:

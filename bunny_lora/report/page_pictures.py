@@ -67,7 +67,7 @@ def _traits(result: EvalResult) -> dict[str, list[float | None]]:
     }
 
 
-def _picture(run: Run, image: ImageScores, label: str) -> Picture:
+def picture_of(run: Run, image: ImageScores, label: str) -> Picture:
     """Return one drawn image, marked where other weights drew it than there are now."""
     path = run.folder / "evaluation" / image.file
     who = NAMES.get(image.model, image.model)
@@ -86,7 +86,7 @@ def _before_after(run: Run, result: EvalResult) -> list[Strip]:
         ]
         keys = [key for key in images["final"] if key[:2] == (character, prompt)][:2]
         pairs = [
-            _picture(run, images[model][key], NAMES[model])
+            picture_of(run, images[model][key], NAMES[model])
             for key in keys
             for model in ("base", "final")
             if key in images.get(model, {})
@@ -114,7 +114,7 @@ def _checkpoints(run: Run, result: EvalResult) -> list[Strip]:
     for key in min(map(list, images.values()), key=len)[:3]:
         shown = [images[model][key] for model in models if key in images[model]]
         labels = [NAMES.get(i.model, i.model.replace("checkpoint-", "step ")) for i in shown]
-        pictures = [_picture(run, i, label) for i, label in zip(shown, labels, strict=True)]
+        pictures = [picture_of(run, i, label) for i, label in zip(shown, labels, strict=True)]
         strips.append(Strip(key[1], pictures))
     return strips
 
@@ -124,7 +124,7 @@ def _extremes(run: Run, result: EvalResult) -> list[Strip]:
     n = min(N_SHOWN, len(images))
     parts = {"Worst": images[:n], "Best": images[len(images) - n :][::-1]}
     return [
-        Strip(title, [_picture(run, image, _merit(result, image)) for image in part])
+        Strip(title, [picture_of(run, image, _merit(result, image)) for image in part])
         for title, part in parts.items()
     ]
 
