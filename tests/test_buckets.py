@@ -84,7 +84,9 @@ def test_samples_of_one_image_are_of_all_its_views(tiny_model: str, data: Path) 
     for index, views in enumerate(images.views):
         batches = images.draws(0, index, 6, 1000)
         assert sum(len(batch.latents) for batch in batches) == 6
-        assert {batch.latents.shape[2:] for batch in batches} == {v.latent_dist.shape[2:] for v in views}
+        assert {batch.latents.shape[2:] for batch in batches} == {
+            v.latent_dist.shape[2:] for v in views
+        }
         again = images.draws(0, index, 6, 1000)
         assert all(torch.equal(a.noise, b.noise) for a, b in zip(batches, again, strict=True))
 

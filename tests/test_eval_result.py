@@ -30,6 +30,8 @@ PARTS = (
     eval_parts.Copies,
     eval_parts.Sameness,
     eval_parts.NearestView,
+    eval_parts.Pairs,
+    eval_parts.PairImage,
     eval_result.TraitScores,
     eval_result.TraitScore,
     eval_result.IdentityScores,

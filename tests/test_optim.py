@@ -20,7 +20,7 @@ def rates(**training: object) -> list[float]:
     """The learning rate of each step, for a highest rate of 1."""
     settings = {"learning_rate": 1.0, "max_train_steps": N_STEPS} | training
     config = load_config(None, {"training": settings})
-    optimizer, lr_scheduler = optim.build(config, [torch.nn.Parameter(torch.zeros(1))])
+    optimizer, lr_scheduler = optim.build(config, {"x": torch.nn.Parameter(torch.zeros(1))})
     found = []
     for _ in range(N_STEPS):
         found.append(lr_scheduler.get_last_lr()[0])
@@ -70,12 +70,27 @@ def test_the_text_encoder_has_a_rate_of_its_own_on_the_same_schedule(
         assert rates == pytest.approx([0.5e-3] if own is None else [0.5e-3, own / 2])
 
 
+def test_b_learns_so_many_times_as_fast_as_a(tiny_model: str, project: Path) -> None:
+    draw_frames(project / "data" / "instance_images", 3)
+    training = {"max_train_steps": 2, "lora_plus_ratio": 4.0, "text_encoder_learning_rate": 1e-5}
+    config = tiny_config(tiny_model, lora={"train_text_encoder": True}, training=training)
+    trainer = LoRATrainer(config=config)
+    for _ in trainer.steps():
+        break
+    for part, rate in (("unet", 4e-3), ("text_encoder", 4e-5)):
+        named = trainer.setup.state.models[part].named_parameters()
+        moved = max(p.abs().max().item() for name, p in named if "lora_B" in name)
+        assert moved == pytest.approx(rate, rel=0.1)
+    rates = [group["lr"] for group in trainer.setup.state.optimizer.param_groups]
+    assert sorted(rates) == pytest.approx([1e-5, 4e-5, 1e-3, 4e-3])
+
+
 def test_weight_decay_shrinks_what_no_gradient_holds_up() -> None:
     for decay in (0.0, 0.5):
         parameter = torch.nn.Parameter(torch.ones(1))
         parameter.grad = torch.zeros(1)
         settings = {"learning_rate": 0.1, "weight_decay": decay}
-        optimizer, _ = optim.build(load_config(None, {"training": settings}), [parameter])
+        optimizer, _ = optim.build(load_config(None, {"training": settings}), {"x": parameter})
         optimizer.step()
         assert parameter.item() == pytest.approx(1 - 0.1 * decay)
 

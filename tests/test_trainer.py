@@ -374,14 +374,14 @@ def test_8bit_adam_that_cannot_step_is_explained(
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
     config = load_config(None, {"use_8bit_adam": True})
     with pytest.raises(BunnyLoraError, match=explained):
-        optim.build(config, [torch.nn.Parameter(torch.zeros(2))])
+        optim.build(config, {"x": torch.nn.Parameter(torch.zeros(2))})
 
 
 def test_8bit_adam_is_taken_wherever_it_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = SimpleNamespace(AdamW8bit=torch.optim.AdamW)
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=adam))
     config = load_config(None, {"use_8bit_adam": True, "training": {"learning_rate": 0.5}})
-    optimizer, _ = optim.build(config, [torch.nn.Parameter(torch.zeros(2))])
+    optimizer, _ = optim.build(config, {"x": torch.nn.Parameter(torch.zeros(2))})
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 DECIMALS = 5  # what float32 arithmetic can promise of a score
+THERE = 0.5  # of identity: nearer to the ceiling than to the floor
 
 
 class Part(BaseModel):
@@ -54,6 +55,36 @@ class NearestView(Rounded):
     view: str = Field(description="the view, as PNG, from the folder of eval.json")
     frame: str = Field(description="file name of the frame that the view is cut from")
     similarity: float = Field(description="cosine of the two, -1 to 1")
+
+
+class PairImage(Rounded):
+    """An image that should show two characters."""
+
+    model: str = Field(description="`base` or `final`")
+    names: list[str] = Field(description="the two")
+    prompt: str = Field(description="the prompt as it was drawn")
+    file: str = Field(description="the PNG, from the folder of eval.json")
+    identity: list[float] = Field(
+        description="of each of the two, as in IdentityScores, in windows that do not overlap"
+    )
+
+    @property
+    def n_there(self) -> int:
+        """How many of the two are there: nearer to their ceiling than to their floor."""
+        return sum(value >= THERE for value in self.identity)
+
+    @field_validator("identity")
+    @classmethod
+    def _round_each(cls, value: list[float]) -> list[float]:
+        return [round(number, DECIMALS) for number in value]
+
+
+class Pairs(Part):
+    """Images of two characters, `evaluation.pair_prompts`: who of them is there."""
+
+    both: dict[str, Interval] = Field(description="of `base` and `final`, the share that shows both")
+    one: dict[str, Interval] = Field(description="the share that shows one of them alone")
+    images: list[PairImage] = Field(description="every such image")
 
 
 class Sameness(Part):

@@ -16,6 +16,7 @@ from bunny_lora.core.eval_parts import (
     Copies,
     DriftScore,
     Interval,
+    Pairs,
     Part,
     Rounded,
 )
@@ -100,6 +101,9 @@ class EvalSettings(Part):
     prompts: list[str] = Field(description="prompts, with {name} where a character's name goes")
     neutral_prompts: list[str] = Field(description="the prompts that name nobody")
     num_images_per_prompt: int = Field(ge=1, description="images of each prompt, from 1")
+    pair_prompts: list[str] = Field(
+        default_factory=list, description="prompts about two characters; none in older files"
+    )
     other_prompts: list[str] = Field(
         default_factory=list, description="prompts about other subjects; none in older files"
     )
@@ -292,6 +296,11 @@ class EvalResult(Part):
         None,
         description="cosine of palettes, image to the character's training crops: sees colours only;"
         " `reference`: the crops among themselves. Null in older files",
+    )
+    pairs: Pairs | None = Field(
+        None,
+        description="two characters in one image; null where `evaluation.pair_prompts` names none, or"
+        " identity can judge no two",
     )
     reference: ReferenceScores = Field(description="what the training data scores among itself")
     seconds_per_image: float = Field(ge=0, description="median time of drawing an image, in seconds")

@@ -83,6 +83,9 @@ class TrainingSection(Section):
     """Of AdamW: how far a step moves the weights."""
     text_encoder_learning_rate: float | None = Field(None, gt=0)
     """The text encoder's own; null: the same."""
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """LoRA+, https://arxiv.org/abs/2402.12354, where it is 16: B learns so many times as fast as A,
+    which wants a lower learning_rate. 1: as fast."""
     lr_scheduler: Scheduler = "constant"
     """How the learning rate changes up to max_train_steps, as diffusers calls it."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -225,6 +228,9 @@ class EvaluationSection(Section):
         ["a dog on a lawn", "a wooden house by a lake", "a bowl of fruit", "an old man, reading"]
     )
     """Other subjects, which training should leave as they are."""
+    pair_prompts: Texts = Field(default_factory=list)
+    """What is drawn of every two characters, {first} and {second}, of six pairs at most: is each of
+    them there? None: nothing."""
     seed: int = Field(1000, ge=0)
     """Of the evaluation alone, apart from training's."""
     traits: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -243,3 +249,11 @@ class EvaluationSection(Section):
     """Identity is told between a floor and a ceiling: so many shots of each character, one by one, are
     compared with the others, as the autoencoder gives them back. 0: no floor and ceiling."""
     choose: ChooseSection = ChooseSection()
+
+    @field_validator("pair_prompts")
+    @classmethod
+    def _names_two(cls, value: list[str]) -> list[str]:
+        for prompt in value:
+            if "{first}" not in prompt or "{second}" not in prompt:
+                raise ValueError(f"takes prompts with {{first}} and {{second}} (got {prompt!r})")
+        return value

@@ -159,14 +159,28 @@ def windows(image: Image.Image) -> list[Image.Image]:
     """Return the squares in which a character is looked for, the whole picture's middle first."""
     side = min(image.size)
     square = ImageOps.fit(image, (side, side))
+    return [square.crop(box) for box in window_boxes(side)]
+
+
+def window_boxes(side: int) -> list[tuple[int, int, int, int]]:
+    """Return the windows of a square of `side` pixels, in their order, as left, top, right, bottom."""
     found = []
     for scale, places in WINDOWS:
         width = round(scale * side)
         steps = [round(i * (side - width) / max(1, places - 1)) for i in range(places)]
-        found += [
-            square.crop((left, top, left + width, top + width)) for top in steps for left in steps
-        ]
+        found += [(left, top, left + width, top + width) for top in steps for left in steps]
     return found
+
+
+def apart() -> list[tuple[int, int]]:
+    """Return the places of every two windows, either way round, of which one is left of the other."""
+    boxes = window_boxes(CROP_SIZE_PX)
+    return [
+        (i, j)
+        for i, one in enumerate(boxes)
+        for j, other in enumerate(boxes)
+        if one[2] <= other[0] or other[2] <= one[0]
+    ]
 
 
 def look(images: Sequence[Image.Image | Path], extractor: FeatureExtractor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import (
     anchors,
     checklist,
+    company,
     copies,
     cutouts,
     drift,
@@ -113,12 +114,14 @@ def evaluate(
         models = protocol.find_models(run_dir, config)
         data = Reference.load(data_dir, config)
         plan = protocol.plan_images(config, list(data.crops), [model.name for model in models])
+        of_two = company.plan_pairs(config, list(data.crops))
+        whole = plan + [spec.image for spec in of_two]
         if group.is_main:
-            _say_doubts(plan, models[-1].identity["base_model"])
-        protocol.generate_missing(run_dir, models, plan, config, group)
+            _say_doubts(whole, models[-1].identity["base_model"])
+        protocol.generate_missing(run_dir, models, whole, config, group)
         return group.broadcast_from_main(
             lambda: _score_and_write(
-                run_dir, config, data, extractor, reader, models[-1].identity, plan
+                run_dir, config, data, extractor, reader, models[-1].identity, plan, of_two
             )
         )
 
@@ -137,6 +140,7 @@ def _score_and_write(
     reader: PromptReader | None,
     identity: dict[str, Any],
     plan: list[ImageSpec],
+    of_two: list[company.PairSpec],
 ) -> EvalResult:
     crops = [extractor(images) for images in data.crops.values()]
     frames = extract_files(extractor, data.frames)
@@ -165,6 +169,9 @@ def _score_and_write(
         identity=placed,
         following=asked,
         colour=following.colour(run_dir, named, data.crops),
+        pairs=company.pair_scores(
+            run_dir, of_two, dict(zip(characters, crops, strict=True)), extractor, placed
+        ),
         reference=reference_scores(characters, crops, frames),
         seconds_per_image=seconds_per_image(run_dir, plan),
         images=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bunny_lora.core.eval_parts import Pairs
 from bunny_lora.core.eval_result import EvalResult, IdentityScores, Interval
 from bunny_lora.report.plot import (
     BLUE,
@@ -45,6 +46,8 @@ def axes_table(result: EvalResult) -> str:
         )
     if identity:
         lines += ["", *_anchor_lines(identity)]
+    if result.pairs:
+        lines += ["", *_pair_lines(result.pairs)]
     asked = following.features if following else "evaluation.prompt_features names nothing"
     lines += ["", wrap(f"as asked: {asked}; colour: palette, sees colours only", TABLE_WIDTH, 3)]
     return "\n".join(line.rstrip() for line in lines)
@@ -124,6 +127,21 @@ def _anchor_lines(found: IdentityScores) -> list[str]:
         lines.append(f"{cut(name, 20):<20}{floors}{places}")
     lines += [wrap(f"{name}: {reason}", TABLE_WIDTH, 3) for name, reason in found.blind.items()]
     note = f"likeness by {found.features}; base and others: floors; ceiling: shots held out"
+    return [*lines, wrap(note, TABLE_WIDTH, 3)]
+
+
+def _pair_lines(pairs: Pairs) -> list[str]:
+    """Return how often two who were asked for are both there, and which two are least."""
+    lines = [f"{'two in one image':<20}{'base':>8}{'LoRA':>8}"]
+    for label, shares in (("both are there", pairs.both), ("one of them", pairs.one)):
+        base, final = (number(shares[model].mean) for model in ("base", "final"))
+        lines.append(f"{label:<20}{base:>8}{final:>8}")
+    drawn: dict[str, list[int]] = {}
+    for image in pairs.images:
+        if image.model == "final":
+            drawn.setdefault(" and ".join(image.names), []).append(image.n_there == 2)
+    worst = min(drawn, key=lambda two: sum(drawn[two]) / len(drawn[two]))
+    note = f"least often both: {worst}, in {sum(drawn[worst])} of {len(drawn[worst])} images"
     return [*lines, wrap(note, TABLE_WIDTH, 3)]
 
 

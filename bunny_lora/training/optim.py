@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from bunny_lora.config import Config
 from bunny_lora.core.sections import TrainingSection
 from bunny_lora.errors import BunnyLoraError
 
+Parameters = Mapping[str, torch.nn.Parameter]
+
 USER_OF = {
     "lr_warmup_steps": "constant_with_warmup, or a schedule that falls",
     "lr_num_cycles": "cosine_with_restarts",
@@ -23,23 +25,30 @@ USER_OF = {
 
 def build(
     config: Config,
-    parameters: list[torch.nn.Parameter],
-    text_encoder_parameters: Sequence[torch.nn.Parameter] = (),
+    parameters: Parameters,
+    text_encoder_parameters: Parameters | None = None,
 ) -> tuple[Optimizer, LRScheduler]:
     """Return AdamW, or bitsandbytes' 8-bit version of it, and diffusers' schedule of `lr_scheduler`.
 
-    The text encoder's parameters follow the same schedule, from a rate of their own if there is one.
+    The text encoder's parameters, by name as the UNet's, follow the same schedule, from a rate of their
+    own if there is one. LoRA's B learns `lora_plus_ratio` times as fast as A, see
+    https://arxiv.org/abs/2402.12354; PEFT's optimiser of that kind takes one model, and here are two.
 
     Raises:
         BunnyLoraError: `use_8bit_adam` without bitsandbytes, or where it cannot step.
     """
     training = config.training
-    own_rate = training.text_encoder_learning_rate
-    if own_rate is None or not text_encoder_parameters:
-        groups: list[Any] = [*parameters, *text_encoder_parameters]
-    else:
-        groups = [{"params": parameters}, {"params": [*text_encoder_parameters], "lr": own_rate}]
-    optimizer = _optimizer(config, groups, parameters[0].device)
+    rate, ratio = training.learning_rate, training.lora_plus_ratio
+    by_rate: dict[float, list[torch.nn.Parameter]] = {rate: []}
+    for found, own_rate in (
+        (parameters, rate),
+        (text_encoder_parameters or {}, training.text_encoder_learning_rate or rate),
+    ):
+        for name, parameter in found.items():
+            faster = ratio if "lora_B" in name else 1.0
+            by_rate.setdefault(own_rate * faster, []).append(parameter)
+    groups = [{"params": found, "lr": lr} for lr, found in by_rate.items() if found]
+    optimizer = _optimizer(config, groups, next(iter(parameters.values())).device)
     lr_scheduler = get_scheduler(
         training.lr_scheduler,
         optimizer,

@@ -137,7 +137,7 @@ def assemble(
             parts.text_encoder.activation_checkpointing_enable()
     models = attach(parts, config, _trained_parts(config))
     learner = Learner(parts, config, images, class_images, models)
-    unet, *text_encoder = (_trainable(parts, [part]) for part in models)
+    unet, *text_encoder = (adapters.trainable_parameters(getattr(parts, part)) for part in models)
     optimizer, lr_scheduler = optim.build(config, unet, *text_encoder)
     scaled = parts.device.type == "cuda" and parts.dtype == torch.float16
     scaler = torch.amp.GradScaler(parts.device.type, enabled=scaled)

@@ -1,8 +1,8 @@
 """A cast of regulars, whose names tell all of a look.
 
-In a real Stable Diffusion the name of a known cartoon character stands for fur, eyes and clothes at once.
-A denoiser that never met such a name has no use for one, and a LoRA has nothing to tie a hero to. So a
-cast goes through its pictures, each member with one look for good; heroes are none of them.
+In a real Stable Diffusion the name of a known cartoon character stands for fur, eyes and clothes at
+once. A denoiser that never met such a name has no use for one, and a LoRA has nothing to tie a hero to.
+So a cast goes through its pictures, each member with one look for good; heroes are none of them.
 """
 
 from __future__ import annotations

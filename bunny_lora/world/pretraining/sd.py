@@ -62,8 +62,8 @@ PROMPTS = (
 def build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
     """Return an untrained UNet (`unet`) for latents of `side` x `side`, and a text encoder to fit it.
 
-    Attention lives in the two lower levels, and over words alone on the way down in the uppermost, which
-    alone sees marks and eyes. There is no middle block, as in BK-SDM-Tiny.
+    Attention lives in the two lower levels, and over words alone on the way down in the uppermost,
+    which alone sees marks and eyes. There is no middle block, as in BK-SDM-Tiny.
     """
     text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
     text_encoder.get_input_embeddings().requires_grad_(False)
@@ -185,8 +185,8 @@ def pretrain_sd(
 
     Args:
         out_dir: may hold `vae/` and `clip/` (see `pretrain_vae`, `pretrain_clip`; else the shipped ones
-            serve), receives `lesson_latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers'
-            format (averaged weights, float16), and `samples/`.
+            serve), receives `lessons.npy`, `lesson_latents.npy`, `sd_state.safetensors` to go on from,
+            `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of `cast.lesson_picture` to learn from.
         n_workers: processes that draw pictures.
@@ -211,7 +211,9 @@ def pretrain_sd(
         stream=lesson_picture,
         name="lessons",
     )
-    latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report, name="lesson_latents")
+    latents = encoded_pictures(
+        out_dir, vae, pictures, device=device, report=report, name="lesson_latents"
+    )
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     models = build_models(clip, latents.shape[-1], channels, seed)
     settings: dict[str, Any] = {"clip": sha256(clip / "model.safetensors"), "channels": list(channels)}
