@@ -73,6 +73,8 @@ BENCH := --append docs/benchmarks.md
 bench: $(INSTALLED) ## Time training, drawing, starting and growth, and add it to docs/benchmarks.md
 	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/draw.py --resolution $(RESOLUTION) $(BENCH)
+	if [ -d $(READERS) ]; then PYTHONPATH=$(READERS) $(BIN)/python benchmarks/draw_cpp.py $(BENCH); \
+	    else echo "Left out: stable-diffusion.cpp, which 'make readers' builds."; fi
 	$(BIN)/python benchmarks/start.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/growth.py $(BENCH)
 	$(BIN)/python benchmarks/plan.py $(BENCH)
