@@ -6,7 +6,7 @@ The one place that knows the VAE's scaling factor, and the names of models that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,15 +262,20 @@ def save_model(model: Any, folder: Path) -> None:
             )
 
 
-def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+def generate(
+    pipe: diffusers.StableDiffusionPipeline,
+    settings: ImageSettings,
+    on_step: Callable[[int], None] | None = None,
+) -> Image.Image:
     """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
-    On the path "reference" nothing here differs from diffusers alone, to the bit.
+    On the path "reference" nothing here differs from diffusers alone, to the bit. `on_step` is told
+    each denoising step that is done, from 1.
     """
     with quiet(), _way(pipe, settings):
-        return _generate(pipe, settings)
+        return _generate(pipe, settings, on_step)
 
 
 def generate_together(
@@ -306,7 +311,11 @@ def _way(
 
 
 @torch.no_grad()
-def _generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+def _generate(
+    pipe: diffusers.StableDiffusionPipeline,
+    settings: ImageSettings,
+    on_step: Callable[[int], None] | None = None,
+) -> Image.Image:
     pipe.set_progress_bar_config(disable=True)
     as_adapter = settings.path == "reference" and settings.lora_scale != 1
     with samplers.used(pipe, settings.sampler), preview.used(pipe, settings.decoder):
@@ -319,5 +328,16 @@ def _generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) 
             width=settings.width,
             height=settings.height,
             cross_attention_kwargs={"scale": settings.lora_scale} if as_adapter else None,
+            callback_on_step_end=_telling(on_step) if on_step else None,
         )
     return add_metadata(result.images[0], settings.model_dump())
+
+
+def _telling(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    """Return what diffusers calls after each step; it hands back what it may change, unchanged."""
+
+    def tell(_: Any, place: int, __: Any, changeable: dict[str, Any]) -> dict[str, Any]:
+        on_step(place + 1)
+        return changeable
+
+    return tell
