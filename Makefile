@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-NOTEBOOKS := 01_prepare 02_train 03_evaluate
+NOTEBOOKS := 01_prepare 02_train 03_evaluate 04_watch
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 

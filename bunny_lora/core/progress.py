@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -36,22 +37,35 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+def has_widgets() -> bool:
+    """Whether somebody sees this notebook, with widgets in it.
+
+    Papermill, nbval and nbconvert run a kernel through jupyter_client, whose requests are numbered;
+    those of JupyterLab and its kin have random names. BUNNY_LORA_PROGRESS=lines says no as well.
+    """
+    if not in_notebook() or os.environ.get("BUNNY_LORA_PROGRESS") == "lines":
+        return False
+    request = sys.modules["IPython"].get_ipython().kernel.get_parent().get("header", {})
+    return re.fullmatch(r".+_\d+_\d+", request.get("msg_id", "")) is None
+
+
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, **kw: Any
 ) -> tqdm:
-    """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times in a log.
+    """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times elsewhere.
 
-    Under papermill nobody watches the notebook: with BUNNY_LORA_PROGRESS=lines it gets lines as well,
-    which papermill can pass on while the cell runs.
+    In a notebook that nobody watches the lines are output like any other, which papermill passes on
+    while the cell runs; in a log they stand beside warnings, in stderr.
 
     `smoothing=0` averages over all steps, because the last few seconds predict a run with pauses
     for samples and checkpoints badly.
     """
     kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
     kw["disable"] = kw.get("disable", False) or not ranks.is_main_process()
-    if in_notebook() and os.environ.get("BUNNY_LORA_PROGRESS") != "lines":
+    if has_widgets():
         return tqdm_notebook(iterable, **kw)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not in_notebook():
         return tqdm(iterable, **kw)
     kw |= {"dynamic_ncols": False, "ncols": 100, "ascii": True, "mininterval": LINE_INTERVAL_SEC}
-    return tqdm(iterable, file=_Lines(sys.stderr), maxinterval=LINE_INTERVAL_SEC, **kw)
+    lines = _Lines(sys.stdout if in_notebook() else sys.stderr)
+    return tqdm(iterable, file=lines, maxinterval=LINE_INTERVAL_SEC, **kw)
