@@ -19,7 +19,7 @@ from IPython.display import display
 
 from bunny_lora import report
 from bunny_lora.core import paths, requests
-from bunny_lora.core.progress import has_widgets
+from bunny_lora.core.progress import is_watched
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.report.run_state import RunState
 from bunny_lora.trainer import LoRATrainer
@@ -123,7 +123,7 @@ async def train(trainer: LoRATrainer) -> Path:
         StoppedError: the run was stopped, by a button, a signal or another program; its state is saved.
         BunnyLoraError: as `trainer.train()`.
     """
-    view = RunView(trainer.run_dir) if has_widgets() else None
+    view = RunView(trainer.run_dir) if is_watched() else None
     shown = display(view.box, display_id=True) if view else None
     try:
         with contextlib.closing(trainer.ticks(bar=view is None)) as ticks:
@@ -173,7 +173,7 @@ def watch(runs: Sequence[Path]) -> None:
         BunnyLoraError: no run lies there.
     """
     states = [report.read_run(run) for run in runs]
-    if not has_widgets():
+    if not is_watched():
         print("\n\n".join(report.run_text(state) for state in states))
         for state in states:
             display(report.run_figure(state))

@@ -3,7 +3,6 @@ import re
 import sys
 from types import SimpleNamespace
 
-import pytest
 from jupyter_client.session import Session
 
 from bunny_lora.core import progress as module
@@ -76,26 +75,30 @@ def kernel(monkeypatch, msg_id):
 
 
 def test_a_notebook_gets_a_widget(monkeypatch):
-    kernel(monkeypatch, "0b2c2c3e-6d1f-4d6e-8a43-1f1f5a2a0c11")
-    assert module.has_widgets()
-    monkeypatch.setattr(module, "has_widgets", lambda: True)
+    monkeypatch.setattr(module, "is_watched", lambda: True)
     bar = progress(range(3), desc="Training", display=False)
     assert hasattr(bar, "container")
     assert list(bar) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("told_so", [False, True])
-def test_a_notebook_that_nobody_watches_gets_lines_among_its_output(monkeypatch, capsys, told_so):
-    client = Session()  # Papermill's and nbval's requests are made by it.
-    kernel(
-        monkeypatch, "0b2c2c3e-6d1f" if told_so else client.msg("execute_request")["header"]["msg_id"]
-    )
-    if told_so:
-        monkeypatch.setenv("BUNNY_LORA_PROGRESS", "lines")
+def test_a_notebook_is_watched_unless_a_program_runs_it_or_somebody_says_otherwise(monkeypatch):
+    kernel(monkeypatch, "0b2c2c3e-6d1f-4d6e-8a43-1f1f5a2a0c11")
+    assert module.is_watched()
+    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "lines")
+    assert not module.is_watched()
+    kernel(monkeypatch, Session().msg("execute_request")["header"]["msg_id"])  # As papermill's.
+    assert not module.is_watched()
+    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "widgets")
+    assert module.is_watched()
+
+
+def test_a_notebook_that_nobody_watches_gets_lines_among_its_output(monkeypatch, capsys):
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
+    monkeypatch.setattr(module, "is_watched", lambda: False)
     assert list(progress(range(3), desc="Training")) == [0, 1, 2]
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2 and not said.err
 
 
 def test_plain_python_is_no_notebook():
-    assert not module.in_notebook()
+    assert not module.in_notebook() and not module.is_watched()

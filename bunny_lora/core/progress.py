@@ -37,14 +37,16 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def has_widgets() -> bool:
-    """Whether somebody sees this notebook, with widgets in it.
+def is_watched() -> bool:
+    """Whether this is a notebook that a person has open, so that widgets live.
 
-    Papermill, nbval and nbconvert run a kernel through jupyter_client, whose requests are numbered;
-    those of JupyterLab and its kin have random names. BUNNY_LORA_PROGRESS=lines says no as well.
+    Papermill, nbval and nbconvert ask a kernel through jupyter_client, which numbers its requests;
+    JupyterLab, VS Code and Colab name theirs at random. `BUNNY_LORA_PROGRESS=widgets` says that somebody
+    looks, `lines` that nobody does.
     """
-    if not in_notebook() or os.environ.get("BUNNY_LORA_PROGRESS") == "lines":
-        return False
+    wanted = os.environ.get("BUNNY_LORA_PROGRESS")
+    if not in_notebook() or wanted in ("lines", "widgets"):
+        return in_notebook() and wanted == "widgets"
     request = sys.modules["IPython"].get_ipython().kernel.get_parent().get("header", {})
     return re.fullmatch(r".+_\d+_\d+", request.get("msg_id", "")) is None
 
@@ -62,7 +64,7 @@ def progress(
     """
     kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
     kw["disable"] = kw.get("disable", False) or not ranks.is_main_process()
-    if has_widgets():
+    if is_watched():
         return tqdm_notebook(iterable, **kw)
     if sys.stderr.isatty() and not in_notebook():
         return tqdm(iterable, **kw)
