@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-NOTEBOOKS := 01_prepare 02_train 03_evaluate 05_compare
+NOTEBOOKS := 01_prepare 02_train 03_evaluate 04_watch 05_compare
 # The demo is one run, which has nothing to be compared with.
 DEMO_NOTEBOOKS := $(filter 01_% 02_% 03_%,$(NOTEBOOKS))
 DEMO := outputs/demo

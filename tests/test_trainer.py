@@ -53,7 +53,7 @@ def test_a_run_folder_holds_everything_that_is_promised(tiny_model: str, data: P
     run = trainer.run_dir
     expected = {
         "config.yaml", "config.input.yaml", "provenance.json", "log.jsonl", "timing.jsonl",
-        "checkpoint-2", "checkpoint-4", "final", "samples", "handover.json",
+        "checkpoint-2", "checkpoint-4", "final", "samples", "handover.json", "status.json",
     }  # fmt: skip
     assert {path.name for path in run.iterdir()} == expected
     for part in adapters.PARTS:
