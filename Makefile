@@ -25,8 +25,9 @@ help: ## Say what each command does
 # What the cells print goes to the console as they run, without what ipykernel says about its ports and
 # its end.
 demo: export BUNNY_LORA_PROGRESS := lines
-# A model so small loses by waiting for a second thread: 0.21 s a step on two, 0.16 on one.
-demo: export OMP_NUM_THREADS := 1
+# A model so small gains by a second thread, where that waits awake for a moment (LOG.md, 2026-11-30).
+demo: export OMP_NUM_THREADS := 2
+demo: export GOMP_SPINCOUNT := 10000
 demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, headless
 	@rm -rf $(DEMO_RUN) $(DEMO)/training_data
 	@mkdir -p $(DEMO_RUN)/notebooks
