@@ -8,12 +8,12 @@ from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, r
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
-    dropped_table,
     dropped_text,
     weak_spots_text,
 )
 from bunny_lora.report.extremes import extremes_grid, nearest_grid
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
+from bunny_lora.report.notebook import config_details, left_out
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
@@ -29,10 +29,11 @@ __all__ = [
     "choice_chart",
     "choice_grid",
     "choice_table",
+    "config_details",
     "contact_sheet",
-    "dropped_table",
     "dropped_text",
     "extremes_grid",
+    "left_out",
     "loss_curve",
     "nearest_grid",
     "read_choice",
