@@ -101,6 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     choose.add_argument("run_dir", nargs="?", type=typed, help="the run's folder; default: output_dir")
     choose.set_defaults(run=_choose)
 
+    report = commands.add_parser("report", help="write a run, or several side by side, as one page")
+    report.add_argument("runs", nargs="*", type=typed, help="folders; default: output_dir")
+    report.add_argument("--out", "--output", type=new, help="default: report.html in the run's folder")
+    report.set_defaults(run=_report)
+
     config = with_config(commands.add_parser("config", help="print the configuration, key by key"))
     config.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of the file instead"
@@ -169,6 +174,16 @@ def _choose(options: argparse.Namespace) -> None:
     path = options.run_dir / "config.yaml" if of_run else options.config
     config = open_config(path, settings=options.set, output_dir=options.run_dir)
     print(report.choice_table(choose(config.run_dir, config=config)))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from bunny_lora.compare import find_runs, write_comparison
+    from bunny_lora.report import write_report
+
+    runs = find_runs(options.runs or [open_config().run_dir])
+    alone = len(runs) == 1
+    page = write_report(runs[0], options.out) if alone else write_comparison(runs, options.out)
+    print(relative(page))
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -312,5 +327,7 @@ def _sweep(options: argparse.Namespace) -> None:
         failures = sweep.sweep_on_cluster(todo, folder, settings)
     print(sweep.leaderboard_text(sweep.leaderboard(folder, grid)))
     print(folder / sweep.LEADERBOARD)
+    if page := sweep.leaderboard_page(folder, grid):
+        print(page)
     if failures:
         raise BunnyLoraError(f"{len(failures)} of {len(grid)} runs failed:\n" + "\n".join(failures))

@@ -7,6 +7,7 @@ key is read somewhere, an unknown one is an error, and all errors are shown at o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,6 +277,11 @@ def assign(overrides: dict[str, Any], assignment: str) -> None:
 def known_keys() -> list[str]:
     """Return every key of the configuration, dotted; a section is none."""
     return [key for key, field in schema.fields(Config).items() if not is_section(field)]
+
+
+def by_key(config: Config) -> dict[str, Any]:
+    """Return every value by its dotted key."""
+    return {key: attrgetter(key)(config) for key in known_keys()}
 
 
 def json_schema() -> dict[str, Any]:

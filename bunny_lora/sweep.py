@@ -23,18 +23,29 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from bunny_lora import prepare
+from bunny_lora import compare, prepare
 from bunny_lora.config import Config, load_config, set_key
 from bunny_lora.core import eval_result, files, paths
-from bunny_lora.core.eval_result import MEASURES
 from bunny_lora.core.sections import Section
 from bunny_lora.core.values import OwnFolder
 from bunny_lora.core.yaml_file import parse_yaml
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import evaluate
+from bunny_lora.report.measures import axis, measures
+from bunny_lora.report.runs import Run as ReadRun
 from bunny_lora.trainer import LoRATrainer
 
-LEADERBOARD = "leaderboard.csv"
+LEADERBOARD, LEADERBOARD_PAGE = "leaderboard.csv", "leaderboard.html"
+# Columns, and the measures that they hold.
+AXES = {
+    "identity": "identity",
+    "as_asked": "as asked",
+    "drift": "drift",
+    "fidelity": "fidelity",
+    "consistency": "consistency",
+    "separation": "separation",
+    "memorisation": "copying",
+}
 
 
 class _File(Section):
@@ -176,23 +187,23 @@ def _told_settings(run: Run) -> str:
 
 
 def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
-    """Return a row for every run that is done, most faithful first, and write them as CSV.
+    """Return a row for every run that is done, see `compare.best_first`, and write them as CSV.
 
-    Each measure is the mean over characters and pictures, with its 95 % interval; the same prompts and
-    seeds for every run.
+    The two axes come first, empty where nothing tells them. Each is the mean over characters and
+    pictures, with its 95 % interval; the same prompts and seeds for every run.
     """
+    done = {run.folder: run for run in sweep if run.done}
     rows = []
-    for run in sweep:
-        if not run.done:
-            continue
-        measures = eval_result.read(run.folder).models["final"].all
-        row: dict[str, Any] = dict(run.settings)
-        for name in MEASURES:
-            value = getattr(measures, name)
+    for found in compare.best_first([ReadRun.read(path) for path in done])[0]:
+        assert found.result is not None
+        told = measures(found.result)
+        values = {column: axis(told, word) for column, word in AXES.items()}
+        row: dict[str, Any] = dict(done[found.folder].settings)
+        row |= {"identity_by": values["identity"] and values["identity"].name}
+        for name, value in values.items():
             for column, end in ((name, "mean"), (f"{name}_low", "low"), (f"{name}_high", "high")):
-                row[column] = value and getattr(value, end)
-        rows.append(row | {"run": paths.relative(run.folder)})
-    rows.sort(key=lambda row: -(row["fidelity"] or 0.0))
+                row[column] = value and getattr(value.final, end)
+        rows.append(row | {"run": paths.relative(found.folder)})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")
     writer.writeheader()
@@ -202,15 +213,27 @@ def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def leaderboard_page(folder: Path, sweep: list[Run]) -> Path | None:
+    """Write the leaderboard as a page, with settings and pictures side by side; None of no run."""
+    done = [run.folder for run in sweep if run.done]
+    if not done:
+        return None
+    title = f"Leaderboard of {paths.relative(folder)}"
+    return compare.write_comparison(done, folder / LEADERBOARD_PAGE, title=title)
+
+
 def leaderboard_text(rows: list[dict[str, Any]]) -> str:
     """Return the leaderboard for a terminal: the settings, and mean and interval of each measure."""
     if not rows:
         return "No run is done yet."
-    keys = [key for key in rows[0] if key != "run" and not key.startswith(MEASURES)]
-    table = [[*keys, *MEASURES]]
+    shown = [name for name in AXES if any(row[name] is not None for row in rows)]
+    keys = [
+        key for key in rows[0] if key not in ("run", "identity_by") and not key.startswith(tuple(AXES))
+    ]
+    table = [[*keys, *shown]]
     for row in rows:
         cells = [str(row[key]) for key in keys]
-        for name in MEASURES:
+        for name in shown:
             mean, *interval = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
             cells.append("-" if mean is None else f"{mean:.3f}")
             if None not in interval:

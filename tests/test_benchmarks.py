@@ -1,5 +1,6 @@
 """The benchmarks run, and what they work out from their measurements adds up."""
 
+import importlib
 import re
 import runpy
 import subprocess
@@ -80,7 +81,11 @@ def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path
 @pytest.mark.parametrize(
     ("name", "options", "rows"),
     [
-        ("draw", ["--quick"], ["the ancestor's defaults", "ours", "ours: LoRA merged", "four steps"]),
+        (
+            "draw",
+            ["--quick"],
+            ["the ancestor's defaults", "the ancestor's, 2 steps", "ours: loaded", "a step"],
+        ),
         ("growth", ["--frames", "2", "3"], ["2", "3"]),
         (
             "start",
@@ -107,3 +112,15 @@ def test_rows_have_medians_spread_and_ratios_of_both_clocks() -> None:
     lines = measuring["table"](times, "an image").splitlines()
     assert lines[2] == "| a | 6 | 4 | 8 | 1.00 | 6 | 1.00 |"
     assert lines[3] == "| b | 2 | 2 | 2 | 3.00 | 3 | 2.00 |"
+
+
+def test_pictures_of_few_steps_tell_what_a_step_and_all_else_take(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
+    script = runpy.run_path(str(CHECKOUT / "benchmarks" / "draw_cpp.py"))
+    seconds = importlib.import_module("measuring").Seconds
+    times = {"stable-diffusion.cpp 1": [seconds(10, 20)], "stable-diffusion.cpp 3": [seconds(14, 28)]}
+    times |= {"ours 1": [seconds(3, 6)], "ours 3": [seconds(5, 10)]}
+    found = script["rows"](times)
+    assert found["step"] == {"stable-diffusion.cpp": [(2, 4)], "ours": [(1, 2)]}
+    assert found["rest"] == {"stable-diffusion.cpp": [(8, 16)], "ours": [(2, 4)]}
+    assert found["picture"] == {"stable-diffusion.cpp": [(32, 64)], "ours": [(14, 28)]}

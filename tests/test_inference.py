@@ -16,7 +16,7 @@ from test_adapters import attached, shake
 from bunny_lora import inference
 from bunny_lora.config import Config
 from bunny_lora.core import files
-from bunny_lora.core.image_file import image_settings, read_metadata
+from bunny_lora.core.image_file import ImageSettings, image_settings, read_metadata
 from bunny_lora.core.sections import Sampler
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, formats, samplers
@@ -42,6 +42,31 @@ def run_dir(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(run_dir: Path) -> StableDiffusionPipeline:
     return inference.load_lora_pipeline(lora_weights_dir=run_dir)
+
+
+def settings_of(pipe: StableDiffusionPipeline, seed: int, **changes: object) -> ImageSettings:
+    return image_settings(prompt="ellie", seed=seed, **inference.settings_with(pipe, **FAST | changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_scale": 0.5}, {"reference": True}])
+def test_pictures_drawn_at_once_are_those_that_one_thread_draws_one_by_one(
+    pipe: StableDiffusionPipeline, changes: dict[str, object]
+) -> None:
+    wanted = [settings_of(pipe, seed, **changes) for seed in range(3)]
+    with drawing.threads(1):
+        one_by_one = [components.generate(pipe, settings).tobytes() for settings in wanted]
+    n_threads, own = torch.get_num_threads(), pipe.scheduler
+    together = components.generate_together(drawing.twins(pipe, 3), wanted)
+    assert [image.tobytes() for image in together] == one_by_one
+    assert len(set(one_by_one)) == 3
+    assert (torch.get_num_threads(), pipe.scheduler) == (n_threads, own)
+
+
+def test_small_pictures_are_drawn_at_once_on_a_cpu_and_large_ones_one_by_one() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with drawing.threads(2):
+        assert drawing.n_at_once(cpu, 128) == 2
+        assert drawing.n_at_once(cpu, 512) == drawing.n_at_once(gpu, 128) == 1
 
 
 def test_diffusers_and_peft_alone_draw_the_same_picture(

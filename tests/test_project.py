@@ -26,7 +26,7 @@ LAYERS = {
     "model": {"model"},
     "training": {"inference", "prepare", "trainer", "training"},
     "judgement": {"evaluation", "export", "report"},
-    "entry": {"__main__", "arguments", "batch", "cli", "session", "sweep"},
+    "entry": {"__main__", "arguments", "batch", "cli", "compare", "explorer", "session", "sweep"},
 }
 SIBLINGS = ("trainer", "inference")
 # Bunny World stands beside: it uses the lowest three layers, and these know of it, each for one thing.

@@ -35,7 +35,9 @@ class Candidate(Part):
     step: int = Field(ge=0, description="the step that its weights are of")
     lora_scale: float = Field(description="strength of the LoRA, 1: as trained")
     guidance_scale: float = Field(description="strength of classifier-free guidance")
-    identity: Interval = Field(description="0: the base model, 1: the character itself")
+    identity: Interval | None = Field(
+        description="0: the base model, 1: the character itself; null where nobody judged it"
+    )
     asked: Interval | None = Field(
         description="the share of what the prompts ask for; null where nothing here can tell"
     )
@@ -55,10 +57,13 @@ class Choice(Part):
     """The whole file."""
 
     schema_version: int = Field(SCHEMA_VERSION, description="version of this format")
-    judged_by: str = Field(description="`traits`, or the feature extractor")
+    judged_by: str = Field(
+        description="`traits`, or the feature extractor; `nobody` of a first choice by hand"
+    )
+    by_hand: bool = Field(False, description="whether a person chose, and not the rule")
     held_out: bool = Field(description="whether the loss is of frames that training did not see")
-    n_frames: int = Field(ge=1, description="how many frames the loss is of")
-    losses: list[CheckpointLoss] = Field(description="every checkpoint, by step")
+    n_frames: int = Field(ge=0, description="how many frames the loss is of")
+    losses: list[CheckpointLoss] = Field(description="every checkpoint, by step; none by hand")
     candidates: list[Candidate] = Field(description="what was drawn with, the run's own way first")
     chosen: int = Field(ge=0, description="place in `candidates`")
     tied: list[int] = Field(

@@ -148,6 +148,9 @@ class ImageScores(Rounded):
         description="as in Measures, of this image",
     )
     nearest_frame: str | None = Field(None, description="file name of the nearest training frame")
+    nearest_character: str | None = Field(
+        None, description="whose crops the image is most like, on average; none in older files"
+    )
     identity: float | None = Field(None, description="as in IdentityScores, of this image")
     following: float | None = Field(None, description="the cosine to its prompt, of this image")
     read: dict[str, str] = Field(

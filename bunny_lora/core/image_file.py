@@ -34,6 +34,8 @@ class ImageSettings(BaseModel):
     sampler: str
     path: Literal["fast", "reference"] = "fast"
     """fast: LoRA merged into the weights; reference: as diffusers alone draws, to the bit."""
+    decoder: str | None = Field(None, exclude_if=lambda name: name is None)
+    """A preview decoder in the place of the model's own."""
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

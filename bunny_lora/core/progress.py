@@ -36,6 +36,21 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
+def is_watched() -> bool:
+    """Whether this is a notebook that a person has open, so that widgets live.
+
+    Jupyter's servers name the notebook to the kernels that they start, VS Code and Colab leave their
+    marks; papermill, nbclient and nbval start kernels that nobody looks at.
+    `BUNNY_LORA_PROGRESS=widgets` says so of any other frontend, `lines` that nobody looks.
+    """
+    wanted = os.environ.get("BUNNY_LORA_PROGRESS")
+    if not in_notebook() or wanted == "lines":
+        return False
+    names = sys.modules["IPython"].get_ipython().user_ns
+    is_named = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in names
+    return is_named or "google.colab" in sys.modules or wanted == "widgets"
+
+
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, **kw: Any
 ) -> tqdm:

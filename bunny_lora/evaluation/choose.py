@@ -119,11 +119,21 @@ def choose(
                 weights_sha256=str(best.identity["weights_sha256"]),
                 final_sha256=str(models[-1].identity["weights_sha256"]),
             )
+            _say_what_gives_way(run_dir, choice)
             choice_file.write(run_dir, choice)
             handover.write_handover(run_dir, run_config)
             return choice
 
         return group.broadcast_from_main(judge_and_write)
+
+
+def _say_what_gives_way(run_dir: Path, choice: Choice) -> None:
+    before = choice_file.find(run_dir)
+    if before and before.by_hand and before.best.label != choice.best.label:
+        print(
+            f"{before.best.label} was handed on by hand, and gives way to what the rule says now:"
+            f" {choice.best.label}. Hand it on again if it is still meant."
+        )
 
 
 def _config_of(run_dir: Path) -> Config:

@@ -171,7 +171,7 @@ def _score_and_write(
             image.model_copy(
                 update={"identity": places.get(image.file), "following": matches.get(image.file)}
             )
-            for image in image_scores(plan, scores, frames, data.frames, answers)
+            for image in image_scores(plan, scores, data, crops, frames, answers)
         ],
         training_crops=save_shown_crops(run_dir, data),
     )
@@ -243,20 +243,26 @@ def score_models(
 def image_scores(
     plan: list[ImageSpec],
     scores: dict[str, metrics.Scores],
+    data: Reference,
+    crops: list[torch.Tensor],
     frames: torch.Tensor,
-    frame_files: list[Path],
     answers: list[dict[str, str]],
 ) -> list[ImageScores]:
     """Return every image of the plan with its own scores, and with what was read off it."""
+    characters = list(data.crops)
     found: list[dict[str, Any]] = [
         asdict(spec) | {"file": spec.file, "read": read}
         for spec, read in zip(plan, answers, strict=True)
     ]
     for model, of_model in scores.items():
         nearest = metrics.memorisation(of_model.vectors, frames)[1]
+        alike = metrics.centroid_cosines(of_model.vectors, crops).argmax(1).tolist()
         for position, row in enumerate(rows_of(plan, model)):
             found[row] |= {name: float(values[position]) for name, values in of_model.values.items()}
-            found[row] |= {"nearest_frame": frame_files[nearest[position]].name}
+            found[row] |= {
+                "nearest_frame": data.frames[nearest[position]].name,
+                "nearest_character": characters[alike[position]],
+            }
     return [ImageScores(**image) for image in found]
 
 

@@ -125,11 +125,21 @@ def separation(
         labels: index [N] of the character that each image should show.
         references: for each of K characters, unit vectors [M_k, D] of its training crops.
     """
-    centroids = normalize(torch.stack([crops.mean(dim=0) for crops in references]), dim=1)
-    cosines = generated @ centroids.T
+    cosines = centroid_cosines(generated, references)
     labelled = cosines.gather(1, labels[:, None])
     others = cosines.scatter(1, labels[:, None], -torch.inf)
     return (labelled > others.max(dim=1, keepdim=True).values).float().squeeze(1)
+
+
+def centroid_cosines(generated: torch.Tensor, references: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the cosine of each generated image to the centroid of each character's crops, [N, K].
+
+    Args:
+        generated: unit vectors [N, D].
+        references: for each of K characters, unit vectors [M_k, D] of its training crops.
+    """
+    centroids = normalize(torch.stack([crops.mean(dim=0) for crops in references]), dim=1)
+    return generated @ centroids.T
 
 
 def chance_level(n_characters: int) -> float:

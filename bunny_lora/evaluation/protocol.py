@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from bunny_lora.core.image_file import ImageSettings, add_metadata, is_current, 
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.model import adapters, components, devices
+from bunny_lora.model.fast import drawing
 from bunny_lora.training import validation
 from bunny_lora.training.distributed import ProcessGroup
 
@@ -207,14 +209,25 @@ def generate_with(
     identity = model.identity
     dtype = getattr(torch, identity["dtype"])
     pipe = inference.load_lora_pipeline(identity["base_model"], model.folder, identity["device"], dtype)
+    pipes = drawing.twins(pipe, drawing.n_at_once(pipe.device, config.resolution))
 
-    def generate_one(spec: ImageSpec) -> Image.Image:
+    def generate_some(some: list[ImageSpec]) -> list[Image.Image]:
         started = time.perf_counter()
-        image = components.generate(pipe, generation_settings(spec, config))
-        seconds = round(time.perf_counter() - started, 3)
-        return add_metadata(image, identity | {"seconds": seconds})
+        images = components.generate_together(pipes, [generation_settings(s, config) for s in some])
+        seconds = round((time.perf_counter() - started) / len(some), 3)
+        return [add_metadata(image, identity | {"seconds": seconds}) for image in images]
 
-    return group.share(specs, generate_one)
+    for some, images in group.share(_together(specs, len(pipes)), generate_some):
+        yield from zip(some, images, strict=True)
+
+
+def _together(specs: list[ImageSpec], at_most: int) -> list[list[ImageSpec]]:
+    """Return images in lots that the same weights draw at once."""
+    lots = []
+    for _, group in itertools.groupby(specs, key=lambda spec: spec.lora_scale):
+        alike = list(group)
+        lots += [alike[i : i + at_most] for i in range(0, len(alike), at_most)]
+    return lots
 
 
 def generation_settings(spec: ImageSpec, config: Config) -> ImageSettings:

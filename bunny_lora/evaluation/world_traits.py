@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,24 +223,33 @@ def _read(images: Sequence[Image.Image]) -> Reading:
 
 def _ceiling(config: Config, right: Traits, base: Group) -> Group:
     """Return renders of each character as its prompts ask, as the autoencoder gives them back."""
-    from bunny_lora.world.asked import camera_of, render_as_asked
-
     wanted = [
-        (name, prompt)
+        (name, prompt, _items(right.right[name]), _items(axes.asked_for(prompt, right.questions)))
         for name, prompt in dict.fromkeys(base.clusters())
         if name in config.evaluation.traits
-        for _ in range(N_RENDERS)
     ]
+    return _rendered(tuple(wanted))
+
+
+Items = tuple[tuple[str, str], ...]
+
+
+def _items(answers: Mapping[str, str]) -> Items:
+    return tuple(answers.items())
+
+
+@functools.lru_cache(maxsize=1)  # `choose` asks for the same as `evaluate` before it
+def _rendered(wanted: tuple[tuple[str, str, Items, Items], ...]) -> Group:
+    """Return what is read off renders; of each kind who it is, a prompt, traits, and what is asked."""
+    from bunny_lora.world.asked import camera_of, render_as_asked
+
+    each = [one for one in wanted for _ in range(N_RENDERS)]
     renders = [
         render_as_asked(
-            right.right[name],
-            axes.asked_for(prompt, right.questions),
-            camera=camera_of(prompt),
-            number=number,
-            size_px=SIZE_PX,
+            dict(traits), dict(asked), camera=camera_of(prompt), number=number, size_px=SIZE_PX
         )
-        for number, (name, prompt) in enumerate(wanted)
+        for number, (_, prompt, traits, asked) in enumerate(each)
     ]
     vae = components.load_vae(components.BUNNY_WORLD, torch.device("cpu"))
     images = [components.reconstruct(vae, render) for render in renders]
-    return Group([name for name, _ in wanted], [prompt for _, prompt in wanted], _read(images))
+    return Group([one[0] for one in each], [one[1] for one in each], _read(images))

@@ -6,7 +6,8 @@ The one place that knows the VAE's scaling factor, and the names of models that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, kinds, random_models, samplers, single_file, variants
+from bunny_lora.model import hub, kinds, preview, random_models, samplers, single_file, variants
 from bunny_lora.model.fast import drawing
 from bunny_lora.model.quiet import quiet
 
@@ -261,23 +262,63 @@ def save_model(model: Any, folder: Path) -> None:
             )
 
 
-@quiet()
-@torch.no_grad()
-def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -> Image.Image:
+def generate(
+    pipe: diffusers.StableDiffusionPipeline,
+    settings: ImageSettings,
+    on_step: Callable[[int], None] | None = None,
+) -> Image.Image:
     """Draw one image that depends on its settings and the weights alone; it carries them in its `info`.
 
     The seed means what it means to diffusers' users: `torch.Generator("cpu").manual_seed(seed)`.
     `lora_scale` multiplies the adapters' alpha / rank in UNet and text encoder; 0 is the base model.
-    On the path "reference" nothing here differs from diffusers alone, to the bit.
+    On the path "reference" nothing here differs from diffusers alone, to the bit. `on_step` is told
+    each denoising step that is done, from 1.
     """
-    pipe.set_progress_bar_config(disable=True)
-    adapter_scale = None
+    with quiet(), _way(pipe, settings):
+        return _generate(pipe, settings, on_step)
+
+
+def generate_together(
+    pipes: Sequence[diffusers.StableDiffusionPipeline], wanted: Sequence[ImageSettings]
+) -> list[Image.Image]:
+    """Draw images at the same time, each as `generate` draws it on one thread.
+
+    Args:
+        pipes: from `drawing.twins`, at least as many as images; one alone draws with all threads.
+        wanted: images of one LoRA scale and one path.
+    """
+    if len(pipes) == 1:
+        return [generate(pipes[0], settings) for settings in wanted]
     with contextlib.ExitStack() as ways:
-        ways.enter_context(samplers.used(pipe, settings.sampler))
-        if settings.path == "fast":
-            ways.enter_context(drawing.prepared(pipe, settings.lora_scale))
-        elif settings.lora_scale != 1:
-            adapter_scale = {"scale": settings.lora_scale}
+        ways.enter_context(quiet())
+        ways.enter_context(_way(pipes[0], wanted[0]))
+        ways.enter_context(drawing.threads(1))
+        pool = ways.enter_context(ThreadPoolExecutor(len(wanted), initializer=_one_thread))
+        return list(pool.map(_generate, pipes, wanted))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # Each thread of Python has a number of its own.
+
+
+def _way(
+    pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings
+) -> contextlib.AbstractContextManager[None]:
+    """Return what changes a pipeline's models for as long as it draws."""
+    if settings.path == "fast":
+        return drawing.prepared(pipe, settings.lora_scale)
+    return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def _generate(
+    pipe: diffusers.StableDiffusionPipeline,
+    settings: ImageSettings,
+    on_step: Callable[[int], None] | None = None,
+) -> Image.Image:
+    pipe.set_progress_bar_config(disable=True)
+    as_adapter = settings.path == "reference" and settings.lora_scale != 1
+    with samplers.used(pipe, settings.sampler), preview.used(pipe, settings.decoder):
         result = pipe(
             settings.prompt,
             generator=torch.Generator("cpu").manual_seed(settings.seed),
@@ -286,6 +327,17 @@ def generate(pipe: diffusers.StableDiffusionPipeline, settings: ImageSettings) -
             negative_prompt=settings.negative_prompt,
             width=settings.width,
             height=settings.height,
-            cross_attention_kwargs=adapter_scale,
+            cross_attention_kwargs={"scale": settings.lora_scale} if as_adapter else None,
+            callback_on_step_end=_telling(on_step) if on_step else None,
         )
     return add_metadata(result.images[0], settings.model_dump())
+
+
+def _telling(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    """Return what diffusers calls after each step; it hands back what it may change, unchanged."""
+
+    def tell(_: Any, place: int, __: Any, changeable: dict[str, Any]) -> dict[str, Any]:
+        on_step(place + 1)
+        return changeable
+
+    return tell

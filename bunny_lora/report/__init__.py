@@ -5,6 +5,8 @@ Everything that notebooks and the command line call is a name of this package.
 
 from bunny_lora.report.axes import axes_chart, axes_table
 from bunny_lora.report.choices import choice_chart, choice_grid, choice_table, read_choice
+from bunny_lora.report.compare_page import write_comparison_page
+from bunny_lora.report.comparison import comparison_chart, comparison_grid, comparison_table
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
@@ -14,6 +16,7 @@ from bunny_lora.report.data_figures import (
 from bunny_lora.report.extremes import extremes_grid, nearest_grid
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
 from bunny_lora.report.notebook import config_details, left_out
+from bunny_lora.report.page import write_report
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.scores import read_result, scores_chart, scores_table
 from bunny_lora.report.training_figures import loss_curve, read_log, run_summary
@@ -29,6 +32,9 @@ __all__ = [
     "choice_chart",
     "choice_grid",
     "choice_table",
+    "comparison_chart",
+    "comparison_grid",
+    "comparison_table",
     "config_details",
     "contact_sheet",
     "dropped_text",
@@ -48,4 +54,6 @@ __all__ = [
     "traits_chart",
     "traits_table",
     "weak_spots_text",
+    "write_comparison_page",
+    "write_report",
 ]

@@ -26,14 +26,7 @@ ROW_IN = 0.3
 
 def choice_table(choice: Choice) -> str:
     """Return the loss of every checkpoint, and how every candidate was judged."""
-    frames = "held-out frames" if choice.held_out else "the training's own frames"
-    lines = [f"loss on {choice.n_frames} of {frames}, and what it is more than the lowest", ""]
-    lines += [
-        f"  {loss.model:<18}{number(loss.loss.mean):>7}  {span(loss.above_lowest)}"
-        for loss in choice.losses
-    ]
-    if not choice.held_out:
-        lines += ["", "It falls for whatever is learnt by heart, too: held_out: 0.1 keeps shots aside."]
+    lines = _loss_lines(choice) if choice.losses else ["chosen by hand; nothing was judged"]
     width = max(len(candidate.label) for candidate in choice.candidates)
     lines += ["", f"{'':<{width + 2}}{'as asked':>24}{'identity':>24}{'drift':>24}"]
     for place, candidate in enumerate(choice.candidates):
@@ -44,6 +37,18 @@ def choice_table(choice: Choice) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _loss_lines(choice: Choice) -> list[str]:
+    frames = "held-out frames" if choice.held_out else "the training's own frames"
+    lines = [f"loss on {choice.n_frames} of {frames}, and what it is more than the lowest", ""]
+    lines += [
+        f"  {loss.model:<18}{number(loss.loss.mean):>7}  {span(loss.above_lowest)}"
+        for loss in choice.losses
+    ]
+    if not choice.held_out:
+        lines += ["", "It falls for whatever is learnt by heart, too: held_out: 0.1 keeps shots aside."]
+    return lines
+
+
 def _cell(value: Interval | None) -> str:
     return span(value) if value else "-"
 
@@ -51,7 +56,8 @@ def _cell(value: Interval | None) -> str:
 def _chosen_lines(choice: Choice) -> list[str]:
     best = choice.best
     judge = f"{choice.judged_by} (colours only)" if choice.judged_by == "palette" else choice.judged_by
-    text = f"{best.label}, judged by {judge}: {choice.why}. handover.json says so to whoever draws."
+    judged = "" if choice.by_hand else f", judged by {judge}"
+    text = f"{best.label}{judged}: {choice.why}. handover.json says so to whoever draws."
     return wrap(text, 100, 4).splitlines()
 
 
@@ -75,7 +81,7 @@ def choice_chart(choice: Choice | None) -> Figure:
         labels = [candidate.label for candidate in candidates] if column == 0 else []
         axes.set_yticks(range(len(candidates)) if labels else [], labels)
         for place, candidate in enumerate(candidates):
-            _mark(axes, place, getattr(candidate, axis), _colour(choice, place))
+            mark(axes, place, getattr(candidate, axis), _colour(choice, place))
         if not any(getattr(candidate, axis) for candidate in candidates):
             axes.set_xticks([])
             axes.text(0.5, 0.5, "not told", transform=axes.transAxes, size=SMALL_PT, ha="center")
@@ -88,7 +94,8 @@ def _colour(choice: Choice, place: int) -> str:
     return BLUE if place in choice.tied else GREY
 
 
-def _mark(axes: Axes, y: float, value: Interval | None, colour: str) -> None:
+def mark(axes: Axes, y: float, value: Interval | None, colour: str) -> None:
+    """Draw a mean as a dot at a height, with its interval; nothing for None."""
     if value is None:
         return
     if value.low is not None and value.high is not None:
@@ -100,10 +107,15 @@ def choice_grid(run_dir: Path, choice: Choice | None, max_rows: int = 8) -> Figu
     """Show candidates' pictures, a column each, a row a prompt: checkpoint, scale, guidance."""
     if choice is None:
         return Plot(0.7, NOT_CHOSEN)
-    shown = spread(choice.candidates, 7)
-    if choice.best not in shown:
+    drawn = [candidate for candidate in choice.candidates if candidate.files]
+    if not drawn:
+        return Plot(
+            0.7, f"Chosen by hand: {choice.best.label}", "no pictures were drawn to choose among"
+        )
+    shown = spread(drawn, 7)
+    if choice.best in drawn and choice.best not in shown:
         shown[-1] = choice.best
-    rows = spread(range(len(choice.best.files)), max_rows)
+    rows = spread(range(len(drawn[0].files)), max_rows)
     folder = choice_file.path_of(run_dir).parent
     cells = [[folder / candidate.files[row] for candidate in shown] for row in rows]
     labels = [str((read_metadata(row[0]) or {}).get("prompt", "")) for row in cells]

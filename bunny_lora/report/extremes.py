@@ -18,19 +18,16 @@ NO_COPIES = "No views were compared: all frames are of one shot, or the evaluati
 def extremes_grid(run_dir: Path) -> Figure:
     """Show the worst pictures of the LoRA, those in the middle and the best, all at one size."""
     result, folder = read_result(run_dir), run_dir / "evaluation"
-    ranked = sorted(
-        (image for image in result.images if image.model == "final" and image.fidelity is not None),
-        key=lambda image: merit(result, image),
-    )
-    n = min(N_SHOWN, len(ranked))
-    middle = (len(ranked) - n) // 2
-    parts = {"worst": ranked[:n], "in the middle": ranked[middle : middle + n], "best": ranked[-n:]}
+    images = ranked(result)
+    n = min(N_SHOWN, len(images))
+    middle = (len(images) - n) // 2
+    parts = {"worst": images[:n], "in the middle": images[middle : middle + n], "best": images[-n:]}
     labels = [
         f"{name}: {number(merit(result, part[0])[0])} to {number(merit(result, part[-1])[0])}"
         for name, part in parts.items()
     ]
     cells = [[folder / image.file for image in part] for part in parts.values()]
-    titles = (f"Worst and best by {_ruler(result)}", conditions(result))
+    titles = (f"Worst and best by {ruler(result)}", conditions(result))
     return picture_grid(titles, labels, [("with LoRA", [""] * n)], cells)
 
 
@@ -42,7 +39,14 @@ def merit(result: EvalResult, image: ImageScores) -> tuple[float, float]:
     return (sum(read) / len(read) if read and image.read else fidelity, fidelity)
 
 
-def _ruler(result: EvalResult) -> str:
+def ranked(result: EvalResult) -> list[ImageScores]:
+    """Return the LoRA's pictures of characters, the worst first."""
+    images = [i for i in result.images if i.model == "final" and i.fidelity is not None]
+    return sorted(images, key=lambda image: merit(result, image))
+
+
+def ruler(result: EvalResult) -> str:
+    """Say what `merit` is."""
     if any(image.read for image in result.images):
         return "the share of traits that were read right"
     features = result.settings.features

@@ -7,6 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bunny_lora.config import load_config
 from bunny_lora.core.eval_result import EvalResult
@@ -14,6 +15,7 @@ from bunny_lora.report.plot import LABEL_PT, WIDTH_IN, Plot, show, spread, wrap
 from bunny_lora.report.scores import conditions, read_result
 
 LABEL_IN, GAP_IN = 1.75, 0.07  # the column of row labels, and the space between cells
+NO_SAMPLES = "training.validation_prompt draws some at every save"
 CELL_MAX_IN, ROWS_MAX_IN = 2.6, 10.0  # few columns grow, as long as the grid does not tower
 
 
@@ -21,8 +23,8 @@ def picture_grid(
     titles: tuple[str, str],
     labels: Sequence[str],
     groups: Sequence[tuple[str, Sequence[str]]],
-    cells: Sequence[Sequence[Path | None]],
-) -> Figure:
+    cells: Sequence[Sequence[Path | Image.Image | None]],
+) -> Plot:
     """Show pictures in rows and columns.
 
     Args:
@@ -56,17 +58,22 @@ def samples_grid(run_dir: Path, max_columns: int = 6, max_rows: int = 8) -> Figu
 
     A run without validation prompts has none; the figure then says how to get some.
     """
-    folders = sorted((run_dir / "samples").glob("step-*"))
-    names = sorted({path.name for folder in folders for path in folder.glob("*.png")})
+    names, folders = sample_cells(run_dir, max_columns, max_rows)
     if not names:
-        return Plot(0.7, "No validation samples", "training.validation_prompt draws some at every save")
-    folders, names = spread(folders, max_columns), spread(names, max_rows)
+        return Plot(0.7, "No validation samples", NO_SAMPLES)
     steps = [int(folder.name.removeprefix("step-")) for folder in folders]
-    labels = [_sample_prompt(run_dir, name) for name in names]
     cells = [[folder / name for folder in folders] for name in names]
     heads = [f"step {step}" for step in steps]
     titles = ("Validation samples during training", "each row: one prompt and one seed")
-    return picture_grid(titles, labels, [("with LoRA after", heads)], cells)
+    return picture_grid(titles, list(names.values()), [("with LoRA after", heads)], cells)
+
+
+def sample_cells(run_dir: Path, max_columns: int, max_rows: int) -> tuple[dict[str, str], list[Path]]:
+    """Return the files of validation samples with their prompts, and the folders, by step."""
+    folders = sorted((run_dir / "samples").glob("step-*"))
+    names = sorted({path.name for folder in folders for path in folder.glob("*.png")})
+    shown = {name: _sample_prompt(run_dir, name) for name in spread(names, max_rows)}
+    return shown, spread(folders, max_columns)
 
 
 def _sample_prompt(run_dir: Path, name: str) -> str:
@@ -79,7 +86,7 @@ def before_after_grid(run_dir: Path, max_rows: int = 8, max_images: int = 2) -> 
     """Show training crops, base and LoRA: a row a prompt, base and LoRA from the same seeds."""
     result, folder = read_result(run_dir), run_dir / "evaluation"
     generated = _by_model(result, folder)
-    rows = _rows(result, max_rows)
+    rows = rows_of(result, max_rows)
     n_seeds = min(result.settings.num_images_per_prompt, max_images)
     crops = {name: [folder / f for f in files] for name, files in result.training_crops.items()}
     cells, labels = [], []
@@ -98,7 +105,7 @@ def before_after_grid(run_dir: Path, max_rows: int = 8, max_images: int = 2) -> 
     return picture_grid(titles, labels, groups, cells)
 
 
-def _rows(result: EvalResult, n: int) -> list[tuple[str, str]]:
+def rows_of(result: EvalResult, n: int) -> list[tuple[str, str]]:
     """Return at most `n` pairs of character and prompt: every character's first prompt comes first."""
     finals = [image for image in result.images if image.model == "final"]
     rows = list(dict.fromkeys((image.character, image.prompt) for image in finals))

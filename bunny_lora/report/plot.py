@@ -21,8 +21,9 @@ from PIL import Image, ImageOps
 from bunny_lora.core import files
 from bunny_lora.report import fonts
 
-# Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#8A8A8A", "#222222"
+# Okabe and Ito's palette, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/; orange
+# is darker than theirs, so that text in it can be read on white.
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#C04F00", "#009E73", "#737373", "#222222"
 TITLE_PT, LABEL_PT, SMALL_PT = 12, 9, 8
 DPI = 110
 WIDTH_IN = 10.0
@@ -30,24 +31,27 @@ FILLER = "\ufdd0"  # no character of any text
 
 
 class Plot(Figure):
-    """A figure that notebooks show without pyplot."""
+    """A figure that notebooks show without pyplot, on white in a dark theme too."""
 
-    def __init__(self, height_in: float, title: str, subtitle: str = "") -> None:
-        super().__init__(figsize=(WIDTH_IN, height_in), dpi=DPI, facecolor="white")
+    def __init__(
+        self, height_in: float, title: str, subtitle: str = "", *, width_in: float = WIDTH_IN
+    ) -> None:
+        super().__init__(figsize=(width_in, height_in), dpi=DPI, facecolor="white")
         FigureCanvasAgg(self)
+        self.titles = [title, subtitle]
         self.label(0.12, 0.12, title, size=TITLE_PT, weight="bold")
         self.label(0.12, 0.38, subtitle, size=LABEL_PT, color="#555555")
 
     def panel(self, left: float, top: float, width: float, height: float) -> Axes:
         """Return axes at a place in inches from the upper left corner."""
-        tall = self.get_figheight()
-        place = (left / WIDTH_IN, 1 - (top + height) / tall, width / WIDTH_IN, height / tall)
+        wide, tall = self.get_figwidth(), self.get_figheight()
+        place = (left / wide, 1 - (top + height) / tall, width / wide, height / tall)
         return self.add_axes(place)
 
     def label(self, left: float, top: float, text: str, **style: Any) -> None:
         """Write text at a place in inches from the upper left corner; "$" stays a dollar sign."""
         plain: dict[str, Any] = {"size": SMALL_PT, "color": INK, "ha": "left", "va": "top"}
-        place = (left / WIDTH_IN, 1 - top / self.get_figheight())
+        place = (left / self.get_figwidth(), 1 - top / self.get_figheight())
         self.text(*place, text, parse_math=False, **plain | style)
 
     def draw(self, renderer: Any) -> None:
@@ -55,10 +59,26 @@ class Plot(Figure):
         with fonts.any_script(self):
             super().draw(renderer)
 
+    @property
+    def alt_text(self) -> str:
+        """What the figure shows, for those who cannot see it: titles, what is beside it, the axes."""
+        beside = [text.get_text() for text in self.texts]
+        named = [
+            name
+            for axes in self.axes
+            for name in (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel())
+        ]
+        said = [" ".join(text.split()) for text in (*self.titles, *beside, *named)]
+        return ". ".join(dict.fromkeys(filter(None, said)))
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
+        """Return the figure as PNG with its alternative text, as IPython asks for both."""
+        return {"image/png": self._repr_png_()}, {"image/png": {"alt": self.alt_text}}
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -70,7 +70,7 @@ def loss_curve(run_dir: Path) -> Figure:
         label = f"mean of the last {window} steps"
         axes.plot(steps, smoothed(losses, window), color=BLUE, linewidth=2, label=label)
     axes.set_xlabel(f"optimiser step ({log[-1]['n_images']} images each)", size=LABEL_PT)
-    axes.set_ylabel("loss", size=LABEL_PT, color=BLUE)
+    axes.set_ylabel("loss (mean squared error)", size=LABEL_PT, color=BLUE)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rate = axes.twinx()
     clean(rate)
@@ -92,19 +92,32 @@ def loss_curve(run_dir: Path) -> Figure:
 
 def run_summary(run_dir: Path) -> str:
     """Return a few lines about a finished or broken-off training run."""
+    return "\n".join(f"{name:<11} {fact}" for name, fact in run_facts(run_dir).items())
+
+
+def run_facts(run_dir: Path) -> dict[str, str]:
+    """Return what `run_summary` says, by name.
+
+    Raises:
+        BunnyLoraError: the run has no log, no configuration, or nothing in them.
+    """
     config, log = load_config(run_dir / "config.yaml"), read_log(run_dir)
     last, planned = log[-1], config.training.max_train_steps
-    seconds = statistics.median(record["seconds"] for record in log)
+    timed = [record for record in log if "seconds" in record]
+    time = memory = "not recorded"
+    if timed:
+        seconds = statistics.median(record["seconds"] for record in timed)
+        time = f"{seconds:.2f} s a step, {seconds / last['n_images']:.2f} s an image"
+        memory = f"{max(record['peak_memory_gb'] for record in timed):.1f} GB at most"
     parts = "UNet and text encoder" if config.lora.train_text_encoder else "UNet"
     saved = sorted((path.name for path in run_dir.glob("checkpoint-*")), key=lambda n: int(n[11:]))
-    facts = {
+    return {
         "run": paths.relative(run_dir),
         "base model": config.base_model,
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {parts}",
         "steps": f"{last['step']} of {planned}, {last['n_images']} images each",
-        "time": f"{seconds:.2f} s a step, {seconds / last['n_images']:.2f} s an image",
-        "memory": f"{max(record['peak_memory_gb'] for record in log):.1f} GB at most",
+        "time": time,
+        "memory": memory,
         "loss": f"{last['loss']:.4f} at the last step",
         "saved": ", ".join([*saved, *(["final"] if (run_dir / "final").is_dir() else [])]) or "nothing",
     }
-    return "\n".join(f"{name:<11} {fact}" for name, fact in facts.items())

@@ -38,7 +38,7 @@ def traits_table(result: EvalResult) -> str:
     ]
     for name in names:
         cells = [found.traits[name].get(trait) for trait in found.counted]
-        shown = [f"{number(_place(cell)):>14}" if cell else f"{'-':>14}" for cell in cells]
+        shown = [f"{number(place(cell)):>14}" if cell else f"{'-':>14}" for cell in cells]
         label = f"{cut(name, 14)} {number(final[name].mean)}" if name in final else cut(name, 20)
         lines.append(f"{label:<26}" + "".join(shown))
     return "\n".join(line.rstrip() for line in lines)
@@ -48,7 +48,7 @@ def _counting(found: TraitScores) -> str:
     return f"traits that the reader reads well enough to count: {', '.join(found.counted)}"
 
 
-def _place(score: TraitScore) -> float | None:
+def place(score: TraitScore) -> float | None:
     """Return where the LoRA stands with a trait between base model, 0, and renders, 1."""
     base, final = score.models.get("base"), score.models.get("final")
     if base is None or final is None or score.ceiling - base < 0.05:  # nothing to learn
@@ -69,8 +69,8 @@ def traits_chart(result: EvalResult) -> Figure:
     for row, name in enumerate(names):
         for column, trait in enumerate(found.counted):
             score = found.traits[name].get(trait)
-            place = _place(score) if score else None
-            places[row, column] = np.nan if place is None else place
+            found_at = place(score) if score else None
+            places[row, column] = np.nan if found_at is None else found_at
     axes = figure.panel(1.1, 1.5, CELL_IN * 1.3 * n_traits, CELL_IN * len(names))
     _cells(axes, places, names, found.counted, "trait by trait (0 base, 1 right)")
     shares = np.array(found.confusion, dtype=float)

@@ -7,13 +7,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bunny_lora.core.eval_result import ImageScores, TraitScores
-from bunny_lora.report.plot import LABEL_PT, SMALL_PT, WIDTH_IN, Plot, cut, show, wrap
+from bunny_lora.report.plot import BLUE, LABEL_PT, ORANGE, SMALL_PT, WIDTH_IN, Plot, cut, show, wrap
 from bunny_lora.report.scores import conditions, read_result
 from bunny_lora.report.trait_scores import NO_TRAITS
 
 LABEL_IN, GAP_IN, LINE_IN = 1.0, 0.08, 0.145
 CELL_MAX_IN = 1.7
-RIGHT, WRONG = ("\u2713", "#0072b2"), ("\u2717", "#d55e00")
+RIGHT, WRONG = ("\u2713", BLUE), ("\u2717", ORANGE)
 
 
 def trait_sheet(run_dir: Path, model: str = "final", max_columns: int = 6) -> Figure:

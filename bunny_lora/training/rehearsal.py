@@ -147,7 +147,7 @@ def _picture(run: Setup, folder: Path) -> tuple[float, float, int]:
     """Draw a picture of two steps: seconds of a step, seconds of the rest, bytes of the file."""
     config, steps = run.config, _Steps(run.pipe.unet)
     prompt = (config.training.validation_prompts or run.learner.images.captions)[0]
-    short = validation.settings_of(config, prompt, 0).model_copy(update={"num_inference_steps": 2})
+    short = validation.sample_settings(config, prompt, 0).model_copy(update={"num_inference_steps": 2})
     run.set_training_mode(False)
     started = time.perf_counter()
     with steps.watched():

@@ -16,7 +16,7 @@ from bunny_lora.core import paths, ranks
 from bunny_lora.data import shots
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats, prompts, targets
+from bunny_lora.model import adapters, components, devices, formats, preview, prompts, targets
 from bunny_lora.model.components import Components
 from bunny_lora.model.fast import allocator, attention, choice
 from bunny_lora.model.formats import LoRA
@@ -114,6 +114,8 @@ def load_parts(config: Config) -> Components:
         allocator.keep_freed_memory()
     parts = components.load_components(config.base_model, device, dtype)
     memory.check_images(parts, config.resolution)
+    if config.sampling.preview_decoder is not None:
+        preview.load_decoder(config.sampling.preview_decoder, dtype, device)
     for part in _trained_parts(config):
         targets.resolve_targets(getattr(parts, part), part, adapters.target_names(part, config.lora))
     return parts

@@ -48,12 +48,12 @@ def missing_samples(run_dir: Path, config: Config, step: int) -> list[Validation
     return [
         sample
         for sample in samples_of(run_dir, config.training, step)
-        if not is_current(sample.path, settings_of(config, sample.prompt, sample.seed), {})
+        if not is_current(sample.path, sample_settings(config, sample.prompt, sample.seed), {})
     ]
 
 
 def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
-    """Return how a run draws a prompt, for its samples and for its evaluation."""
+    """Return how a run draws a prompt for its evaluation, and but for the decoder for its samples."""
     sampling = config.sampling
     return image_settings(
         prompt=prompt,
@@ -68,4 +68,10 @@ def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
 
 def generate(pipe: StableDiffusionPipeline, config: Config, sample: ValidationImage) -> Image.Image:
     """Draw one image with the weights as they are."""
-    return components.generate(pipe, settings_of(config, sample.prompt, sample.seed))
+    return components.generate(pipe, sample_settings(config, sample.prompt, sample.seed))
+
+
+def sample_settings(config: Config, prompt: str, seed: int) -> ImageSettings:
+    """Return how a sample is drawn: as the evaluation draws, but for a decoder of its own."""
+    settings = settings_of(config, prompt, seed)
+    return settings.model_copy(update={"decoder": config.sampling.preview_decoder})

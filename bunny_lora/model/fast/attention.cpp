@@ -16,7 +16,7 @@
 
 #include <omp.h>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -28,7 +28,7 @@ constexpr int LANES = 16, ROWS = 8;
 constexpr int LANES = 8, ROWS = 4;
 #endif
 constexpr int COLUMNS = 3;  // vectors; ROWS x COLUMNS sums are held in registers
-constexpr int QUERIES = 2 * COLUMNS * LANES, KEYS = 64;
+constexpr int QUERIES = 2 * COLUMNS * LANES, KEYS = 128;
 
 typedef float Vec __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef int32_t Int __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
@@ -39,25 +39,41 @@ int round_up(int n, int to) { return (n + to - 1) / to * to; }
 Vec &at(float *p) { return *reinterpret_cast<Vec *>(p); }
 const Vec &at(const float *p) { return *reinterpret_cast<const Vec *>(p); }
 Vec spread(float x) { return x - Vec{}; }
+// The larger one; b where either is no number.
+#if defined(__AVX512F__)
+Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+bool any(Int mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask); }
+#else
 Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+bool any(Int mask) {
+    int found = 0;
+    for (int l = 0; l < LANES; l++) found |= mask[l];
+    return found;
+}
+#endif
 
-// e^x for x <= 0, to 2e-7 of it; 0 below -87.
-Vec exp_of(Vec x) {
-    const Int none = x < -87.0f;
-    const Vec magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-    x = larger(x, spread(-87.0f));
-    const Vec n = (x * 1.44269504f + magic) - magic;
-    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec p = r * (1.0f / 5040) + (1.0f / 720);
-    p = p * r + (1.0f / 120);
-    p = p * r + (1.0f / 24);
-    p = p * r + (1.0f / 6);
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Int scale = (__builtin_convertvector(n, Int) + 127) << 23;
-    const Vec result = p * reinterpret_cast<const Vec &>(scale);
-    return none ? Vec{} : result;
+// 2^x, never below 2^-125. The polynomials have the least largest error on [-1/2, 1/2]: 7.5e-8 of 2^x,
+// or 2.6e-6, which is a thousandth of what bfloat16 rounds off.
+template <bool EXACT> Vec exp2_of(Vec x) {
+    const float whole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
+    x = larger(spread(-125.0f), x);
+    const Vec shifted = x + whole;
+    const Vec r = x - (shifted - whole);
+    Vec p;
+    if (EXACT) {
+        p = r * 1.32764722e-3f + 9.67554162e-3f;
+        p = p * r + 5.55071328e-2f;
+        p = p * r + 2.40221197e-1f;
+        p = p * r + 6.93146967e-1f;
+        p = p * r + 1.00000007f;
+    } else {
+        p = r * 9.57010211e-3f + 5.59178628e-2f;
+        p = p * r + 2.40247448e-1f;
+        p = p * r + 6.93121814e-1f;
+        p = p * r + 9.99999261e-1f;
+    }
+    const Int result = (Int)p + ((Int)shifted << 23);  // into the exponent
+    return (Vec)result;
 }
 
 // How numbers lie in memory, and what a step of a product is. A row holds numbers one after the other.
@@ -66,6 +82,7 @@ Vec exp_of(Vec x) {
 struct Float32 {
     typedef float Number;
     static constexpr int UNIT = 1;
+    static constexpr bool EXACT = true;
     static float read(Number x) { return x; }
     static Number write(float x) { return x; }
     static void step(Vec *sums, const Number *a, const Vec *b, int columns) {
@@ -78,6 +95,7 @@ struct Float32 {
 struct BFloat16 {
     typedef uint16_t Number;
     static constexpr int UNIT = 2;
+    static constexpr bool EXACT = false;
     static float read(Number x) {
         const uint32_t bits = uint32_t(x) << 16;
         float result;
@@ -112,7 +130,18 @@ struct BFloat16 {
         }
 #endif
     }
-    static Bits rounded(Vec x) {  // to the nearest, in the upper half; no NaN comes here
+#if defined(__AVX512BF16__)
+    static void pack(Number *panel, const Vec *rows) {
+        static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const auto both = _mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
+        _mm512_storeu_si512(panel, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)both));
+    }
+    static void pack_row(Number *row, Vec x) {
+        _mm256_storeu_si256((__m256i *)row, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    }
+#else
+    static Bits rounded(Vec x) {  // to the nearest, in the upper half
         const Bits bits = reinterpret_cast<const Bits &>(x);
         return bits + 0x7fff + (bits >> 16 & 1);
     }
@@ -124,6 +153,7 @@ struct BFloat16 {
         typedef Number Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
         *reinterpret_cast<Half *>(row) = __builtin_convertvector(rounded(x) >> 16, Half);
     }
+#endif
 };
 
 // sums [ROWS, COLUMNS vectors] of c (+)= a · b; a by rows, b as a panel of `width` columns.
@@ -186,12 +216,17 @@ template <class F> void copy_columns(Buffer<F> &to, const Tokens<F> &from, int w
         for (int d = 0; d < from.features; d++) to[size_t(d) * width + i] = from.row(i)[d];
 }
 
-// A panel of depth D_ and a column for each of QUERIES tokens
+// A panel of depth D_ and a column for each of QUERIES tokens; `from` is read in units
 template <class F> void panel_of_features(Buffer<F> &to, const Tokens<F> &from, int first) {
     std::fill(to.begin(), to.end(), 0);
-    for (int i = 0; i < std::min(QUERIES, from.count - first); i++)
-        for (int d = 0; d < from.features; d++)
-            to[(size_t(d) / F::UNIT * QUERIES + i) * F::UNIT + d % F::UNIT] = from.row(first + i)[d];
+    const int whole = from.features / F::UNIT * F::UNIT;
+    for (int i = 0; i < std::min(QUERIES, from.count - first); i++) {
+        const auto *row = from.row(first + i);
+        auto *column = &to[size_t(i) * F::UNIT];
+        for (int d = 0; d < whole; d += F::UNIT)
+            std::copy_n(row + d, F::UNIT, column + size_t(d) * QUERIES);
+        if (whole < from.features) column[size_t(whole) * QUERIES] = row[whole];
+    }
 }
 
 // A panel of depth QUERIES and a column for each of `width` features
@@ -203,18 +238,7 @@ void panel_of_tokens(Buffer<F> &to, const Tokens<F> &from, int first, int width)
             to[(size_t(i) / F::UNIT * width + d) * F::UNIT + i % F::UNIT] = from.row(first + i)[d];
 }
 
-// tile [KEYS, QUERIES] as a panel of depth KEYS
-template <class F> void panel_of_tile(Buffer<F> &to, const float *tile) {
-    for (int j = 0; j < KEYS; j += F::UNIT)
-        for (int i = 0; i < QUERIES; i += LANES) {
-            const Vec rows[2] = {at(tile + j * QUERIES + i), at(tile + (j + F::UNIT - 1) * QUERIES + i)};
-            F::pack(&to[size_t(j) * QUERIES + i * F::UNIT], rows);
-        }
-}
-
-template <class F> void rows_of_tile(Buffer<F> &to, const float *tile) {
-    for (int p = 0; p < KEYS * QUERIES; p += LANES) F::pack_row(&to[p], at(tile + p));
-}
+constexpr float LOG2_E = 1.44269504f;
 
 struct Shape {
     int64_t batch, heads, queries, keys, features;
@@ -240,29 +264,49 @@ template <class F> struct Head {
           sums(size_t(d_) * QUERIES) {}
 };
 
-// The tile of scaled scores at `key`; those of keys that are none weigh nothing.
+// The tile of scores at `key`; those of keys that are none weigh nothing.
 template <class F> void scores(Head<F> &h, const Shape &s, int key) {
     product<F>(&h.k[size_t(key) * h.d_], h.d_, h.panel.data(), QUERIES, h.tile.data(), KEYS, h.d_, false);
     const int valid = std::min<int64_t>(KEYS, s.keys - key);
-    for (int p = 0; p < valid * QUERIES; p += LANES) at(&h.tile[p]) *= s.scale;
     std::fill(h.tile.begin() + valid * QUERIES, h.tile.end(), -INFINITY);
 }
 
-// One more tile of keys into the running maximum, the sum of weights and the weighted values.
-template <class F> void softmax_step(Head<F> &h, float *most, float *total) {
+// Weights are powers of 2 relative to `most`, which follows the largest score only where that has
+// become 2^SLACK times as heavy: whatever it is, it falls out in the end.
+constexpr float SLACK = 8;
+
+template <class F> void follow_largest(Head<F> &h, float log2_scale, float *most, float *total) {
+    Vec top[QUERIES / LANES];
+    for (int i = 0; i < QUERIES; i += LANES) top[i / LANES] = at(&h.tile[i]);
+    for (int j = 1; j < KEYS; j++)
+        for (int i = 0; i < QUERIES; i += LANES)
+            top[i / LANES] = larger(top[i / LANES], at(&h.tile[j * QUERIES + i]));
     for (int i = 0; i < QUERIES; i += LANES) {
-        Vec top = at(most + i);
-        for (int j = 0; j < KEYS; j++) top = larger(top, at(&h.tile[j * QUERIES + i]));
-        const Vec shrink = exp_of(at(most + i) - top);
-        Vec sum = at(total + i) * shrink;
-        for (int j = 0; j < KEYS; j++) {
-            Vec &weight = at(&h.tile[j * QUERIES + i]);
-            weight = exp_of(weight - top);
-            sum += weight;
-        }
-        at(most + i) = top;
-        at(total + i) = sum;
+        const Vec here = top[i / LANES] * log2_scale, before = at(most + i);
+        if (!any(here > before + SLACK)) continue;
+        at(most + i) = larger(here, before);
+        const Vec shrink = exp2_of<true>(before - at(most + i));
+        at(total + i) *= shrink;
         for (int d = 0; d < h.d_; d++) at(&h.sums[d * QUERIES + i]) *= shrink;
+    }
+}
+
+// One more tile of keys into the sum of weights, and the weights as a panel of depth KEYS.
+template <class F> void softmax_step(Head<F> &h, float log2_scale, float *most, float *total) {
+    follow_largest<F>(h, log2_scale, most, total);
+    for (int i = 0; i < QUERIES; i += LANES) {
+        const Vec reference = at(most + i);
+        Vec sum = at(total + i);
+        for (int j = 0; j < KEYS; j += F::UNIT) {
+            Vec weights[F::UNIT];
+            for (int u = 0; u < F::UNIT; u++) {
+                const Vec score = at(&h.tile[(j + u) * QUERIES + i]);
+                weights[u] = exp2_of<F::EXACT>(score * log2_scale - reference);
+                sum += weights[u];
+            }
+            F::pack(&h.tile_panel[size_t(j) * QUERIES + i * F::UNIT], weights);
+        }
+        at(total + i) = sum;
     }
 }
 
@@ -276,15 +320,15 @@ void forward_block(Head<F> &h, const Shape &s, const Tokens<F> &q, const Tokens<
     panel_of_features<F>(h.panel, q, first);
     for (int key = 0; key < s.keys; key += KEYS) {
         scores<F>(h, s, key);
-        softmax_step<F>(h, most, total);
-        panel_of_tile<F>(h.tile_panel, h.tile.data());
+        softmax_step<F>(h, s.scale * LOG2_E, most, total);
         product<F>(&h.v_columns[key], h.keys_, h.tile_panel.data(), QUERIES, h.sums.data(), h.d_, KEYS,
                    true);
     }
     for (int i = 0; i < std::min<int64_t>(QUERIES, s.queries - first); i++) {
-        lse[first + i] = most[i] + std::log(total[i]);
+        lse[first + i] = most[i] + std::log2(total[i]);
+        const float share = 1 / total[i];
         for (int d = 0; d < s.features; d++)
-            out.row(first + i)[d] = F::write(h.sums[d * QUERIES + i] / total[i]);
+            out.row(first + i)[d] = F::write(h.sums[d * QUERIES + i] * share);
     }
 }
 
@@ -315,24 +359,33 @@ void forward(const Shape &s, void *q, void *k, void *v, void *out, float *lse, c
 
 // Backwards: what a thread needs beside that. dk and dv gather over its queries of a head.
 template <class F> struct Back {
-    Buffer<F> v, k_columns, q_tokens, do_features, do_tokens, rows;
+    Buffer<F> v, k_columns, q_tokens, do_features, do_tokens, weight_rows, slope_rows;
     std::vector<float> slope, dk, dv;
     explicit Back(const Head<F> &h)
         : v(h.k.size()), k_columns(h.k.size()), q_tokens(size_t(QUERIES) * h.width),
-          do_features(h.panel.size()), do_tokens(q_tokens.size()), rows(KEYS * QUERIES),
+          do_features(h.panel.size()), do_tokens(q_tokens.size()), weight_rows(KEYS * QUERIES),
+          slope_rows(KEYS * QUERIES),
           slope(KEYS * QUERIES), dk(size_t(h.keys_) * h.width), dv(dk.size()) {}
 };
 
-// Weights in the tile from their scores, and the slope of the loss by the scores.
+// From the scores in the tile and the slope of the loss by the weights: weights and slope by the scores
+// as rows, and the latter as a panel of depth KEYS too.
 template <class F>
-void weights_and_slope(Head<F> &h, Back<F> &b, const float *lse, const float *delta, float scale) {
-    for (int j = 0; j < KEYS; j++)
-        for (int i = 0; i < QUERIES; i += LANES) {
-            const int p = j * QUERIES + i;
-            const Vec weight = exp_of(at(&h.tile[p]) - at(lse + i));
-            at(&h.tile[p]) = weight;
-            at(&b.slope[p]) = weight * (at(&b.slope[p]) - at(delta + i)) * scale;
+void weights_and_slope(Head<F> &h, Back<F> &b, const float *lse, const float *delta, float log2_scale) {
+    for (int i = 0; i < QUERIES; i += LANES) {
+        const Vec lse_here = at(lse + i), delta_here = at(delta + i);
+        for (int j = 0; j < KEYS; j += F::UNIT) {
+            Vec slopes[F::UNIT];
+            for (int u = 0; u < F::UNIT; u++) {
+                const int p = (j + u) * QUERIES + i;
+                const Vec weight = exp2_of<F::EXACT>(at(&h.tile[p]) * log2_scale - lse_here);
+                slopes[u] = weight * (at(&b.slope[p]) - delta_here);
+                F::pack_row(&b.weight_rows[p], weight);
+                F::pack_row(&b.slope_rows[p], slopes[u]);
+            }
+            F::pack(&h.tile_panel[size_t(j) * QUERIES + i * F::UNIT], slopes);
         }
+    }
 }
 
 template <class F>
@@ -357,19 +410,16 @@ void backward_block(Head<F> &h, Back<F> &b, const Shape &s, const Tokens<F> *t, 
         scores<F>(h, s, key);
         product<F>(&b.v[size_t(key) * h.d_], h.d_, b.do_features.data(), QUERIES, b.slope.data(), KEYS,
                    h.d_, false);
-        weights_and_slope<F>(h, b, lse_here, delta, s.scale);
-        rows_of_tile<F>(b.rows, h.tile.data());
-        product<F>(b.rows.data(), QUERIES, b.do_tokens.data(), h.width, &b.dv[size_t(key) * h.width],
-                   KEYS, QUERIES, true);
-        rows_of_tile<F>(b.rows, b.slope.data());
-        product<F>(b.rows.data(), QUERIES, b.q_tokens.data(), h.width, &b.dk[size_t(key) * h.width],
-                   KEYS, QUERIES, true);
-        panel_of_tile<F>(h.tile_panel, b.slope.data());
+        weights_and_slope<F>(h, b, lse_here, delta, s.scale * LOG2_E);
+        product<F>(b.weight_rows.data(), QUERIES, b.do_tokens.data(), h.width,
+                   &b.dv[size_t(key) * h.width], KEYS, QUERIES, true);
+        product<F>(b.slope_rows.data(), QUERIES, b.q_tokens.data(), h.width,
+                   &b.dk[size_t(key) * h.width], KEYS, QUERIES, true);
         product<F>(&b.k_columns[key], h.keys_, h.tile_panel.data(), QUERIES, h.sums.data(), h.d_, KEYS,
                    true);
     }
     for (int i = 0; i < valid; i++)
-        for (int d = 0; d < s.features; d++) dq.row(first + i)[d] = F::write(h.sums[d * QUERIES + i]);
+        for (int d = 0; d < s.features; d++) dq.row(first + i)[d] = F::write(s.scale * h.sums[d * QUERIES + i]);
 }
 
 // The queries of a head are shared out in `parts`, whose dk and dv are added up in their order.
@@ -389,7 +439,7 @@ void backward(const Shape &s, void *const *tensors, const float *lse, const int6
         const auto to_v = head_of<F>(tensors[7], strides + 21, head, s, s.keys);
         for (int j = 0; j < s.keys; j++)
             for (int d = 0; d < s.features; d++) {
-                to_k.row(j)[d] = F::write(dk[size_t(j) * width + d]);
+                to_k.row(j)[d] = F::write(s.scale * dk[size_t(j) * width + d]);
                 to_v.row(j)[d] = F::write(dv[size_t(j) * width + d]);
             }
     };

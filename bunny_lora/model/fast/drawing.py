@@ -1,12 +1,13 @@
 """Drawing with the LoRA inside the weights and the VAE in a faster layout, for as long as it takes.
 
 The sums are the same in another order, so a picture differs in single values of 255 from the one that
-diffusers draws with the LoRA as an adapter.
+diffusers draws with the LoRA as an adapter. Small pictures are drawn several at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,37 @@ from peft.tuners.lora import LoraLayer
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+SMALL_PX = 256
+"""Up to here a picture keeps its threads waiting for each other more than computing, see LOG.md."""
+MAX_AT_ONCE = 4
+
+
+def n_at_once(device: torch.device, side_px: int) -> int:
+    """Return how many pictures of so many pixels a side are drawn at once, a thread each."""
+    small = device.type == "cpu" and side_px <= SMALL_PX
+    return min(torch.get_num_threads(), MAX_AT_ONCE) if small else 1
+
+
+def twins(pipe: StableDiffusionPipeline, count: int) -> list[StableDiffusionPipeline]:
+    """Return a pipeline and others with the same models, and with what keeps a state of their own."""
+    found = [pipe]
+    for _ in range(count - 1):
+        twin = copy.copy(pipe)
+        twin.scheduler, twin.tokenizer = copy.deepcopy((pipe.scheduler, pipe.tokenizer))
+        found.append(twin)
+    return found
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Have torch compute on so many threads, and on as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

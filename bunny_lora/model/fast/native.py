@@ -69,7 +69,7 @@ def _compile(*arguments: str) -> bytes:
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softmax(query · keyᵀ / √features) · value, and the logarithms of the softmax's sums.
+    """Return softmax(query · keyᵀ / √features) · value, and the base-2 logarithms of the sums in it.
 
     Args:
         query: [batch, heads, tokens, features], float32 or bfloat16 on a CPU, last dimension dense.
