@@ -55,13 +55,18 @@ def lab(root: Path) -> Iterator[str]:
 
 @pytest.fixture
 def opened(chromium: api.Browser, lab: str) -> Iterator[Callable[[str], Notebook]]:
-    """Opens a notebook in a page of its own, which is closed at the end."""
+    """Opens a notebook by its path, or any page by its address, as long as the test runs."""
     contexts = []
 
-    def opened(path: str) -> Notebook:
-        contexts.append(chromium.new_context(viewport={"width": 1280, "height": 1000}))
+    def opened(path: str, width: int = 1280, **options: str) -> Notebook:
+        size = {"width": width, "height": 1000}
+        contexts.append(chromium.new_context(viewport=size, **options))
         notebook = Notebook(contexts[-1].new_page(), SCREENSHOTS)
-        notebook.open(lab.format(path))
+        if path.endswith(".ipynb"):
+            notebook.open(lab.format(path))
+        else:
+            notebook.page.on("request", notebook.refuse_the_network)
+            notebook.go(path)
         return notebook
 
     yield opened

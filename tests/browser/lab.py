@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import CHECKOUT
-from playwright.sync_api import ConsoleMessage, Locator, Page
+from playwright.sync_api import ConsoleMessage, Locator, Page, Request
 
 START_SEC = 300
 CELLS_MS = 600_000  # of all cells of a notebook, on a machine with much else to do
@@ -108,11 +108,20 @@ class Notebook:
     screenshots: Path
     errors: list[str] = field(default_factory=list)
 
-    def open(self, url: str) -> None:
+    def go(self, url: str) -> None:
         """Open a page, and keep what goes wrong in its console."""
         self.page.on("console", self._keep)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
+
+    def refuse_the_network(self, request: Request) -> None:
+        """Count whatever a page wants from elsewhere as an error."""
+        if not request.url.startswith(("file:", "data:")):
+            self.errors.append(f"asks for {request.url}")
+
+    def open(self, url: str) -> None:
+        """Open a notebook, and wait for its kernel."""
+        self.go(url)
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
             " === 'idle'",
@@ -161,10 +170,10 @@ class Notebook:
             parts.append(text if isinstance(text, str) else "\n".join(text))
         return "\n".join(parts)
 
-    def picture(self, name: str) -> None:
+    def screenshot(self, name: str, *, whole: bool = False) -> None:
         """Keep what the page looks like, for people."""
         self.screenshots.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=self.screenshots / f"{name}.png")
+        self.page.screenshot(path=self.screenshots / f"{name}.png", full_page=whole)
 
     def show(self, found: Locator) -> Locator:
         """Scroll to something on the page, and see it."""
