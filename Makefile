@@ -133,7 +133,8 @@ lock: ## Resolve pyproject.toml anew into requirements.lock
 	wc -l requirements.lock
 
 clean: ## Remove what the demo, the tests and the tools left; never your own outputs, nor .venv
-	rm -rf $(DEMO) outputs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) outputs/smoke outputs/browser build .mypy_cache .ruff_cache \
+	    .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation is taken up again by the next command.
