@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from bunny_lora.core.values import (
     MAX_NUMBER,
+    AnyTexts,
     LayerNames,
     OwnFolder,
     Recorded,
@@ -232,7 +233,7 @@ class EvaluationSection(Section):
         ["a dog on a lawn", "a wooden house by a lake", "a bowl of fruit", "an old man, reading"]
     )
     """Other subjects, which training should leave as they are."""
-    pair_prompts: Texts = Field(default_factory=list)
+    pair_prompts: AnyTexts = Field(default_factory=list)
     """What is drawn of every two characters, {first} and {second}, of six pairs at most: is each of
     them there? None: nothing."""
     seed: int = Field(1000, ge=0)

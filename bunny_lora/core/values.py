@@ -58,6 +58,8 @@ def _no_list_in_words(names: list[str]) -> list[str]:
 _Several = Annotated[list[str], Field(min_length=1)]
 Texts = Annotated[_Several, BeforeValidator(_as_list, json_schema_input_type=str | _Several)]
 """A list, or a single text for a list of one."""
+AnyTexts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+"""The same, or none at all."""
 LayerNames = Annotated[Texts, AfterValidator(_no_list_in_words)]
 Recorded = Annotated[str, Field(min_length=1), AfterValidator(_portable)]
 OwnFolder = Annotated[Recorded, AfterValidator(_own_folder)]
