@@ -71,6 +71,11 @@ def is_launched(words: list[str]) -> None:
     build_parser().parse_args(words[words.index("bunny_lora") + 1 :])
 
 
+def is_watching(words: list[str]) -> None:
+    """Of runs that work: the command is one that there is; test_watch.py watches some and asks them."""
+    build_parser().parse_args(words[1:])
+
+
 def is_on_a_cluster(words: list[str]) -> None:
     """SLURM: the command is one that there is; test_sweep.py has submitit run jobs without one."""
     build_parser().parse_args(words[1:])
@@ -95,6 +100,7 @@ CHECKED: dict[str, Callable[[list[str]], None]] = {
     r"papermill ": is_papermill,
     r"accelerate launch ": is_launched,
     r".* --slurm ": is_on_a_cluster,
+    r"bunny-lora watch(?!.* --once)": is_watching,
     r"python benchmarks/": is_benchmark,
     r"(pip|conda|py -3\.11|\.venv\\|\. \.venv/)": names_files,
 }

@@ -59,15 +59,10 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = CELLS_MS 
     return found
 
 
-@contextlib.contextmanager
-def serve(root: Path) -> Iterator[str]:
-    """Start JupyterLab in a project folder; yield its address with the token, and end it."""
+def environment(root: Path) -> dict[str, str]:
+    """The environment of whatever runs in a project folder, with nothing of the user's Jupyter."""
     home = root / ".jupyter"
-    for name, settings in SETTINGS.items():
-        path = home / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings))
-    environment = {
+    return {
         **os.environ,
         "BUNNY_LORA_ROOT": str(root),
         "BUNNY_LORA_PARAMS": "params/smoke.yaml",
@@ -79,10 +74,20 @@ def serve(root: Path) -> Iterator[str]:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "IPYTHONDIR": str(home / "ipython"),
     }
+
+
+@contextlib.contextmanager
+def serve(root: Path) -> Iterator[str]:
+    """Start JupyterLab in a project folder; yield its address with the token, and end it."""
+    home = root / ".jupyter"
+    for name, settings in SETTINGS.items():
+        path = home / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
     options = ["--no-browser", "--expose-app-in-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={root}"]
     with (root / "jupyter.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment(root), cwd=root, stdout=log, stderr=log)
     try:
         yield wait_for(lambda: address(home / "runtime", server), "JupyterLab", START_SEC)
     finally:
