@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 
+from bunny_lora.core import requests
 from bunny_lora.core.paths import new, typed, typed_or_name
 
 
@@ -94,6 +95,21 @@ def of_sweep(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="as jobs of a SLURM cluster, with submitit's options: slurm_partition=cpu timeout_min=600",
     )
+    return parser
+
+
+def of_watch(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what `watch` takes."""
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=typed,
+        help="folders; default: those in outputs/ that work, or the newest",
+    )
+    parser.add_argument(
+        "--ask", choices=requests.KINDS, help="ask them to save, to draw samples, or to save and stop"
+    )
+    parser.add_argument("--once", action="store_true", help="as they are now, instead of as they go on")
     return parser
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bunny_lora import __version__
-from bunny_lora.arguments import of_export, of_generate, of_sweep, with_config
+from bunny_lora.arguments import of_export, of_generate, of_sweep, of_watch, with_config
 from bunny_lora.config import json_schema
 from bunny_lora.core import ranks
 from bunny_lora.core.interrupts import StoppedError
@@ -101,6 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     choose.add_argument("run_dir", nargs="?", type=typed, help="the run's folder; default: output_dir")
     choose.set_defaults(run=_choose)
 
+    watch = of_watch(
+        commands.add_parser("watch", help="look at runs while they work, and ask them to stop")
+    )
+    watch.set_defaults(run=_watch)
+
     report = commands.add_parser("report", help="write a run, or several side by side, as one page")
     report.add_argument("runs", nargs="*", type=typed, help="folders; default: output_dir")
     report.add_argument("--out", "--output", type=new, help="default: report.html in the run's folder")
@@ -143,6 +148,15 @@ def _train(options: argparse.Namespace) -> None:
 
     named = {name: getattr(options, name) for name in ("max_steps", "output_dir", "resume")}
     LoRATrainer(config=open_config(options.config, settings=options.set, **named)).train()
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from bunny_lora import report, watch
+
+    runs = options.runs or report.working_runs()
+    if options.ask:
+        watch.ask(runs, options.ask)
+    watch.watch(runs, once=options.once)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -325,7 +339,7 @@ def _sweep(options: argparse.Namespace) -> None:
         for assignment in options.slurm:
             assign(settings, assignment)
         failures = sweep.sweep_on_cluster(todo, folder, settings)
-    print(sweep.leaderboard_text(sweep.leaderboard(folder, grid)))
+    print(sweep.leaderboard_text(*sweep.leaderboard(folder, grid)))
     print(folder / sweep.LEADERBOARD)
     if page := sweep.leaderboard_page(folder, grid):
         print(page)

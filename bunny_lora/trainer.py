@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from PIL import Image
 
 from bunny_lora import dataset
 from bunny_lora.config import Config, load_config
-from bunny_lora.core import files, interrupts, lock, paths, ranks
+from bunny_lora.core import files, interrupts, lock, paths, ranks, requests
 from bunny_lora.core.image_file import save_image
+from bunny_lora.core.status import StatusFile
 from bunny_lora.data.summary import remarks
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import components, devices
@@ -21,18 +22,22 @@ from bunny_lora.training import (
     banner,
     checkpoint,
     handover,
+    log,
     memory,
     resume,
+    trackers,
     validation,
 )
 from bunny_lora.training.distributed import ProcessGroup, process_group
 from bunny_lora.training.fingerprint import Fingerprint
+from bunny_lora.training.held_out_loss import Validation
 from bunny_lora.training.loop import StepRecord, training_loop
 from bunny_lora.training.plan import Plan
 from bunny_lora.training.rehearsal import make_plan
 from bunny_lora.training.resume import Start
 from bunny_lora.training.setup import set_up
 from bunny_lora.training.supervision import Supervisor
+from bunny_lora.training.trackers import Trackers
 from bunny_lora.training.validation import ValidationImage
 
 
@@ -84,7 +89,21 @@ class LoRATrainer:
         Raises:
             StoppedError, BunnyLoraError: as `train`.
         """
+        with contextlib.closing(self.ticks()) as ticks:
+            for record in ticks:
+                if record is not None:
+                    yield record
+
+    def ticks(self, *, bar: bool = True) -> Generator[StepRecord | None, None, None]:
+        """Do as `steps` does, and yield None too, between two micro-batches and between two samples.
+
+        Then a caller can look after other things without waiting for a step to end.
+
+        Args:
+            bar: show a progress bar of the steps.
+        """
         device = devices.resolve_device(self.config.device)
+        trackers.check(self.config.training.trackers)
         # A random model is built here: of many processes, transformers lets only the first save one.
         components.resolve_base_model(self.config.base_model)
         with interrupts.watch(), process_group(device) as self.group, contextlib.ExitStack() as held:
@@ -92,7 +111,7 @@ class LoRATrainer:
             with interrupts.stoppable(), self.group.main_process_first():
                 self.prepare_data()
             self.group.broadcast_from_main(lambda: self._take_folder(held))
-            yield from self._train_what_is_left(self.run_dir / "final")
+            yield from self._train_what_is_left(self.run_dir / "final", bar=bar)
 
     def plan(self) -> Plan:
         """Try a little of the run on this machine, and say what all of it, or what is left, will take.
@@ -126,21 +145,42 @@ class LoRATrainer:
             with lock.acquire(self.run_dir):
                 resume.archive_old_run(self.run_dir)
         held.enter_context(lock.acquire(self.run_dir))
+        for kind in requests.clear(self.run_dir):
+            print(f"A request to {kind} from before the start was there; it is taken away, not obeyed.")
 
-    def _train_what_is_left(self, final: Path) -> Iterator[StepRecord]:
+    def _train_what_is_left(self, final: Path, *, bar: bool) -> Iterator[StepRecord | None]:
         with interrupts.stoppable():
             identity = components.base_identity(self.config.base_model)
             data = dataset.data_sha256(self.data_dir, **reading(self.config))
             about = Fingerprint.of(self.config, data, self.group.count, identity)
             start, complete = self.group.broadcast_from_main(lambda: self._open(about, final))
-            if not complete:
-                self.load(start)
-                self._refuse_different_processes(about)
         if complete:
             print(f"This run is complete: {paths.relative(final)}. Raise max_train_steps to go on.")
-        else:
-            yield from self._train_to_the_end(about.as_dict())
-        self.group.broadcast_from_main(lambda: self._finish(final, trained=not complete))
+            self.group.broadcast_from_main(lambda: self._finish(final, trained=False))
+            return
+        with self._status() as status:
+            with interrupts.stoppable():
+                self.load(start)
+                self._refuse_different_processes(about)
+            yield from self._train_to_the_end(about.as_dict(), status, bar=bar)
+            self.group.broadcast_from_main(lambda: self._finish(final, trained=True))
+
+    @contextlib.contextmanager
+    def _status(self) -> Iterator[StatusFile]:
+        """Have `status.json` say what the run does, and at its end, how it ended."""
+        status = StatusFile(self.run_dir, writes=self.group.is_main)
+        status.write("working", "getting ready")
+        try:
+            yield status
+        except (GeneratorExit, interrupts.StoppedError, interrupts.StopRequest) as stop:
+            status.write("stopped", str(stop) if isinstance(stop, BunnyLoraError) else "")
+            raise
+        except BaseException as error:
+            with contextlib.suppress(BunnyLoraError):  # On a full disk what failed says more.
+                is_ours = isinstance(error, BunnyLoraError)
+                status.write("failed", str(error) if is_ours else f"{type(error).__name__}: {error}")
+            raise
+        status.write("finished")
 
     def _open(self, about: Fingerprint, final: Path) -> tuple[Start, bool]:
         start = resume.open_run(self.run_dir, self.config, about)
@@ -171,6 +211,8 @@ class LoRATrainer:
         if trained:
             checkpoint.save_adapters(final, self.setup.state.models)
             print(f"Done: {paths.relative(final)}")
+            for kind in requests.clear(self.run_dir):
+                print(f"A request to {kind} came too late: the run has done all its steps.")
         handover.write_handover(self.run_dir, self.config)
         checkpoint.remove_old(self.run_dir, self.config.training.keep_checkpoints, finished=True)
 
@@ -204,38 +246,65 @@ class LoRATrainer:
         """Put together what the run is made of, `self.setup`, in the state of `start`."""
         self.setup = set_up(self.config, start, self.group)
 
-    def _train_to_the_end(self, about: dict[str, Any]) -> Iterator[StepRecord]:
-        setup, state = self.setup, self.setup.state
-        last_step, n_steps = state.step, self.config.training.max_train_steps
+    def _train_to_the_end(
+        self, about: dict[str, Any], status: StatusFile, *, bar: bool
+    ) -> Iterator[StepRecord | None]:
+        setup, state, training = self.setup, self.setup.state, self.config.training
+        last_step, n_steps = state.step, training.max_train_steps
+        missing = self.group.broadcast_from_main(lambda: self._missing_samples(last_step))
+        yield from self._generate_samples(missing)
         with interrupts.stoppable():
-            missing = self.group.broadcast_from_main(lambda: self._missing_samples(last_step))
-            self._generate_samples(missing)
             setup.set_training_mode(True)
             memory.check(setup)
             trial = banner.time_trial(setup.learner, state.optimizer)
         print(banner.run_summary(setup, trial, n_steps - last_step))
 
-        known = {"base_sha256": setup.base_sha256, "class_sha256": setup.class_sha256}
-        about = about | known | {"history": list(setup.history)}
-        supervisor = Supervisor(
-            self.run_dir,
-            self.config.training,
-            state,
-            about,
-            self._generate_samples,
-            writes=self.group.is_main,
-        )
-        steps = training_loop(
-            setup.learner, state.optimizer, state.lr_scheduler, state.scaler, last_step, self.group
-        )
-        yield from supervisor.follow(steps)
+        told = Trackers(self.config, last_step, writes=self.group.is_main)
+        with contextlib.closing(told):
+            validate = self._validation(told)
+            if last_step not in self._validated() and last_step % training.save_steps == 0:
+                validate()
+            known = {"base_sha256": setup.base_sha256, "class_sha256": setup.class_sha256}
+            about = about | known | {"history": list(setup.history)}
+            draw = self._generate_samples
+            supervisor = Supervisor(
+                self.run_dir, training, state, about, draw, validate, self.group, status, told
+            )
+            ticks = training_loop(
+                setup.learner, state.optimizer, state.lr_scheduler, state.scaler, last_step, self.group
+            )
+            yield from supervisor.follow(ticks, bar=bar)
 
-    def _generate_samples(self, wanted: list[ValidationImage]) -> None:
-        """Draw with the weights as they are; a stop leaves out the rest."""
+    def _validation(self, told: Trackers) -> Callable[[], None]:
+        """Return what measures the loss on held-out frames and logs it; nothing, without frames."""
+        if not self.setup.held_out:
+            return lambda: None
+        with interrupts.stoppable():
+            held_out = Validation(self.setup) if self.group.is_main else None
+
+        def measure() -> None:
+            assert held_out is not None  # Only the main process measures.
+            self.setup.set_training_mode(False)
+            with interrupts.stoppable():
+                record = {"step": self.setup.state.step} | held_out.measure()
+            self.setup.set_training_mode(True)
+            log.append_validation(self.run_dir, record)
+            told.log_validation(record["step"], record)
+
+        return lambda: self.group.broadcast_from_main(measure)
+
+    def _validated(self) -> set[int]:
+        """Return the steps that are; the main process alone may look, but all need the same answer."""
+        path = self.run_dir / log.VALIDATION
+        return self.group.broadcast_from_main(lambda: {r["step"] for r in log.read_lines(path)})
+
+    def _generate_samples(self, wanted: list[ValidationImage]) -> Iterator[None]:
+        """Draw with the weights as they are, and yield in between; a stop leaves out the rest."""
         self.setup.set_training_mode(False)
         for sample, image in self.group.share(wanted, self._generate):
             if self.group.is_main:
                 save_image(image, sample.path)
+            yield
         self.setup.set_training_mode(True)
 
     def _generate(self, sample: ValidationImage) -> Image.Image:

@@ -1,6 +1,9 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
+
+from jupyter_client.session import Session
 
 from bunny_lora.core import progress as module
 from bunny_lora.core.progress import progress
@@ -63,20 +66,39 @@ def test_the_callers_settings_win():
     bar.close()
 
 
-def test_a_notebook_gets_a_widget(monkeypatch):
-    monkeypatch.setattr(module, "in_notebook", lambda: True)
+def kernel(monkeypatch, msg_id):
+    """Be in a kernel that was asked by a message of this name."""
+    request = {"header": {"msg_id": msg_id}}
+    shell = SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda: request))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.delenv("BUNNY_LORA_PROGRESS", raising=False)
+
+
+def test_a_notebook_gets_a_widget(monkeypatch):
+    monkeypatch.setattr(module, "is_watched", lambda: True)
     bar = progress(range(3), desc="Training", display=False)
     assert hasattr(bar, "container")
     assert list(bar) == [0, 1, 2]
 
 
-def test_a_notebook_that_nobody_watches_gets_lines_if_told_so(monkeypatch, capsys):
-    monkeypatch.setattr(module, "in_notebook", lambda: True)
+def test_a_notebook_is_watched_unless_a_program_runs_it_or_somebody_says_otherwise(monkeypatch):
+    kernel(monkeypatch, "0b2c2c3e-6d1f-4d6e-8a43-1f1f5a2a0c11")
+    assert module.is_watched()
     monkeypatch.setenv("BUNNY_LORA_PROGRESS", "lines")
+    assert not module.is_watched()
+    kernel(monkeypatch, Session().msg("execute_request")["header"]["msg_id"])  # As papermill's.
+    assert not module.is_watched()
+    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "widgets")
+    assert module.is_watched()
+
+
+def test_a_notebook_that_nobody_watches_gets_lines_among_its_output(monkeypatch, capsys):
+    monkeypatch.setattr(module, "in_notebook", lambda: True)
+    monkeypatch.setattr(module, "is_watched", lambda: False)
     assert list(progress(range(3), desc="Training")) == [0, 1, 2]
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2 and not said.err
 
 
 def test_plain_python_is_no_notebook():
-    assert not module.in_notebook()
+    assert not module.in_notebook() and not module.is_watched()

@@ -34,8 +34,8 @@ class StopRequest(KeyboardInterrupt):
 class StoppedError(BunnyLoraError):
     """The run was stopped from outside and is in good order; the message says where it goes on."""
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(f"Stopped by {NAMES[signal.Signals(number).name]}. {message}")
+    def __init__(self, message: str, number: int, by: str | None = None) -> None:
+        super().__init__(f"Stopped by {by or NAMES[signal.Signals(number).name]}. {message}")
         self.exit_code = 128 + number
 
 

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,6 +19,8 @@ from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 
 LOCK = ".lock"
+HEARTBEAT_SEC = 15.0
+SILENT_SEC = 120.0  # without a heartbeat, on another computer: the writer has died
 # What mounts without locks answer, network disks most of all.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -27,6 +31,14 @@ class Writer(BaseModel):
     process: int
     computer: str
     since: str
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has locked a folder; `lost` tells by what it is known to be gone, None: it works."""
+
+    writer: Writer | None
+    lost: str | None
 
 
 @contextlib.contextmanager
@@ -57,13 +69,53 @@ def acquire(run_dir: Path) -> Iterator[None]:
             ) from error
     try:
         _sign(path)
-        yield
+        with _heartbeat(path):
+            yield
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file.
             path.unlink()
         lock.release()
         with contextlib.suppress(OSError):  # Of a run that could not even begin, nothing stays.
             run_dir.rmdir()
+
+
+@contextlib.contextmanager
+def _heartbeat(path: Path) -> Iterator[None]:
+    """Keep the file's time fresh: on another computer it is all that tells a writer that works."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SEC):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True, name="bunny_lora heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def find_holder(run_dir: Path) -> Holder | None:
+    """Return who has locked `run_dir`, by the file alone: trying the lock would keep a writer out.
+
+    On this computer its process tells whether it lives; on another one the file's time does.
+    """
+    path = run_dir / LOCK
+    try:
+        silent_sec = time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    by = _signed(path)
+    if by is not None and by.computer == platform.node():
+        alive = files.is_alive(by.process, path)
+        return Holder(by, None if alive else f"process {by.process} is gone without a word")
+    if silent_sec < SILENT_SEC:
+        return Holder(by, None)
+    who = f"process {by.process} on {by.computer}" if by else "its process"
+    return Holder(by, f"no sign of life from {who} for {silent_sec / 60:.0f} min")
 
 
 def _sign(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -39,34 +40,34 @@ def in_notebook() -> bool:
 def is_watched() -> bool:
     """Whether this is a notebook that a person has open, so that widgets live.
 
-    Jupyter's servers name the notebook to the kernels that they start, VS Code and Colab leave their
-    marks; papermill, nbclient and nbval start kernels that nobody looks at.
-    `BUNNY_LORA_PROGRESS=widgets` says so of any other frontend, `lines` that nobody looks.
+    Papermill, nbval and nbconvert ask a kernel through jupyter_client, which numbers its requests;
+    JupyterLab, VS Code and Colab name theirs at random. `BUNNY_LORA_PROGRESS=widgets` says somebody
+    looks, `lines` that nobody does.
     """
     wanted = os.environ.get("BUNNY_LORA_PROGRESS")
-    if not in_notebook() or wanted == "lines":
-        return False
-    names = sys.modules["IPython"].get_ipython().user_ns
-    is_named = "JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in names
-    return is_named or "google.colab" in sys.modules or wanted == "widgets"
+    if not in_notebook() or wanted in ("lines", "widgets"):
+        return in_notebook() and wanted == "widgets"
+    request = sys.modules["IPython"].get_ipython().kernel.get_parent().get("header", {})
+    return re.fullmatch(r".+_\d+_\d+", request.get("msg_id", "")) is None
 
 
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, **kw: Any
 ) -> tqdm:
-    """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times in a log.
+    """Return a tqdm bar: a widget in a notebook, a bar in a terminal, one line at times elsewhere.
 
-    Under papermill nobody watches the notebook: with BUNNY_LORA_PROGRESS=lines it gets lines as well,
-    which papermill can pass on while the cell runs.
+    In a notebook that nobody watches the lines are output like any other, which papermill passes on
+    while the cell runs; in a log they stand beside warnings, in stderr.
 
     `smoothing=0` averages over all steps, because the last few seconds predict a run with pauses
     for samples and checkpoints badly.
     """
     kw = {"desc": desc, "total": total, "smoothing": 0, "dynamic_ncols": True} | kw
     kw["disable"] = kw.get("disable", False) or not ranks.is_main_process()
-    if in_notebook() and os.environ.get("BUNNY_LORA_PROGRESS") != "lines":
+    if is_watched():
         return tqdm_notebook(iterable, **kw)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not in_notebook():
         return tqdm(iterable, **kw)
     kw |= {"dynamic_ncols": False, "ncols": 100, "ascii": True, "mininterval": LINE_INTERVAL_SEC}
-    return tqdm(iterable, file=_Lines(sys.stderr), maxinterval=LINE_INTERVAL_SEC, **kw)
+    lines = _Lines(sys.stdout if in_notebook() else sys.stderr)
+    return tqdm(iterable, file=lines, maxinterval=LINE_INTERVAL_SEC, **kw)

@@ -22,6 +22,7 @@ from bunny_lora.core.values import (
 Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Sampler = Literal["own", "pndm", "ddim", "euler", "unipc", "dpm++-2m", "dpm++-2m-karras"]
 
 Scale = Annotated[float, Field(ge=0, le=2)]
@@ -129,6 +130,9 @@ class TrainingSection(Section):
     """One prompt or several, drawn at every checkpoint of save_steps."""
     num_validation_images: int = Field(2, ge=0)
     """Pictures a validation prompt."""
+    trackers: list[Tracker] = Field(default_factory=list)
+    """Programs that are told of every step and sample: tensorboard (in the run's folder), wandb,
+    mlflow, trackio. Each needs its package; none is told anything unless it is named."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

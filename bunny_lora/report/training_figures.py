@@ -22,7 +22,8 @@ from bunny_lora.report.plot import (
     Plot,
     clean,
 )
-from bunny_lora.training.log import LOG, TIMING, read_lines
+from bunny_lora.report.run_state import read_steps
+from bunny_lora.training.log import LOG
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -31,16 +32,9 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         BunnyLoraError: the run has no log, or nothing in it.
     """
-    records: dict[int, dict[str, Any]] = {}
-    for name in (LOG, TIMING):
-        for record in read_lines(run_dir / name):
-            records[record["step"]] = records.get(record["step"], {}) | record
-    log = [records[step] for step in sorted(records) if "loss" in records[step]]
+    log, _ = read_steps(run_dir)
     if not log:
         raise BunnyLoraError(f"No training steps in {run_dir / LOG}: train first.")
-    for record in log:
-        if record["loss"] is None:  # A step that was skipped, for its loss was not finite.
-            record["loss"] = math.nan
     return log
 
 

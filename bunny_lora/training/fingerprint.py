@@ -31,7 +31,7 @@ HARMLESS = {
     "num_workers", "pin_memory",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
-    "training.num_validation_images", "prior_preservation.class_data_dir",
+    "training.num_validation_images", "training.trackers", "prior_preservation.class_data_dir",
 }  # fmt: skip
 
 # Told by what they come to on this machine, in the environment below.
@@ -69,16 +69,17 @@ def settings_of(config: Config) -> dict[str, Any]:
     ignored = HARMLESS | IN_ENVIRONMENT
     if config.training.lr_scheduler.startswith("constant"):
         ignored = ignored | {"training.max_train_steps"}
-    settings = _flat(config.model_dump(mode="json"))
+    settings = flat(config.model_dump(mode="json"))
     settings["base_model"], _ = split_revision(config.base_model)  # Its commit tells more.
     return {key: v for key, v in settings.items() if not {key, key.split(".")[0]} & ignored}
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def environment_of(config: Config) -> dict[str, str]:

@@ -130,18 +130,20 @@ class EncodedImages:
 
     def batch(self, seed: int, position: int, count: int, num_train_timesteps: int) -> Batch:
         """Return samples `position` to `position + count` of the endless training stream."""
-        if self.buckets:
-            size, indices = bucketed_indices(seed, self._of_size, position, count)
-        else:
-            repeats = self.repeats or [1] * len(self.samples)
-            epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
-            places = sample_indices(seed, len(epoch), position, count)
-            size, indices = None, [epoch[place] for place in places]
+        size, indices = self.indices(seed, position, count)
         drawn = [
             self._draw(seed, position + offset, index, num_train_timesteps, size)
             for offset, index in enumerate(indices)
         ]
         return Batch.joined(drawn)
+
+    def indices(self, seed: int, position: int, count: int) -> tuple[Size | None, list[int]]:
+        """Return which images such samples are of, and their size, if all are to be of one."""
+        if self.buckets:
+            return bucketed_indices(seed, self._of_size, position, count)
+        repeats = self.repeats or [1] * len(self.samples)
+        epoch = [index for index, times in enumerate(repeats) for _ in range(times)]
+        return None, [epoch[place] for place in sample_indices(seed, len(epoch), position, count)]
 
     @cached_property
     def _of_size(self) -> dict[Size, list[int]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.optim import Optimizer
@@ -21,7 +22,8 @@ from bunny_lora.training.objective import Learner
 class StepRecord:
     """One optimiser step. `loss` is the mean over its `n_images` images.
 
-    `skipped`: loss or gradients were not finite, and the weights stayed as they were.
+    `characters` counts, by name, the images that taught somebody, see `Learner.characters`. `skipped`:
+    loss or gradients were not finite, and the weights stayed as they were.
     """
 
     step: int
@@ -32,6 +34,7 @@ class StepRecord:
     seconds: float
     n_images: int
     peak_memory_gb: float
+    characters: dict[str, int] = field(default_factory=dict)
 
 
 def training_loop(
@@ -41,8 +44,11 @@ def training_loop(
     scaler: torch.amp.GradScaler,
     start_step: int = 0,
     group: ProcessGroup = ProcessGroup(),  # noqa: B008
-) -> Iterator[StepRecord]:
+) -> Iterator[StepRecord | None]:
     """Yield a record after each optimiser step, from `start_step + 1` to `max_train_steps`.
+
+    Between two micro-batches of a step it yields None: the weights are as after the last step, and the
+    caller may draw or save them.
 
     A step is one update on batch_size x gradient_accumulation_steps images, whose micro-batches the
     processes of `group` deal out among themselves. The caller decides what happens in between: logging,
@@ -60,6 +66,8 @@ def training_loop(
         losses = torch.zeros(len(positions), device=parameters[0].device)
         for number, position in group.local_shard(list(enumerate(positions))):
             group.check()
+            if number >= group.count:
+                yield None
             with interrupts.stoppable():
                 loss = learner.loss(position)
                 scaler.scale(loss / len(positions)).backward()
@@ -86,4 +94,5 @@ def training_loop(
             seconds=time.perf_counter() - started,
             n_images=images_per_step,
             peak_memory_gb=devices.peak_memory_gb(learner.components.device),
+            characters=dict(sum((learner.characters(position) for position in positions), Counter())),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -92,6 +93,16 @@ class Learner:
         prior_weight = self.config.prior_preservation.prior_loss_weight
         instance, *prior = losses.split(training.batch_size)
         return instance.mean() + sum(prior_weight * part.mean() for part in prior)
+
+    def characters(self, position: int) -> Counter[str]:
+        """Count the samples of a micro-batch by who is in their pictures.
+
+        Those whose captions name nobody, for `preservation`, teach nothing about them and are left out.
+        """
+        training, preserved = self.config.training, self._preserved(position)
+        _, indices = self.images.indices(training.seed, position, training.batch_size)
+        shown = [self.images.samples[i] for row, i in enumerate(indices) if row not in preserved]
+        return Counter(name for sample in shown for name in sample.characters)
 
     def _preserved(self, position: int) -> list[int]:
         """Return which samples of a micro-batch are preserved: spread evenly over the positions."""

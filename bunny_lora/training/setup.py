@@ -40,6 +40,7 @@ class Setup:
 
     `base_sha256` and `class_sha256` tell the weights and the class images that it was made with, and
     `history` the environments, see `resume.Start`. `fast_path` is what is computed on one in training.
+    `held_out` are the frames that it does not learn from.
     """
 
     config: Config
@@ -52,6 +53,7 @@ class Setup:
     class_sha256: str | None
     history: tuple[dict[str, Any], ...]
     fast_path: str
+    held_out: tuple[Sample, ...] = ()
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return every parameter that training changes."""
@@ -99,7 +101,8 @@ def set_up(
     if group.count > 1:
         state = setup.state
         checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
-    return replace(setup, base_sha256=base_sha256, class_sha256=class_sha256)
+    known = {"base_sha256": base_sha256, "class_sha256": class_sha256}
+    return replace(setup, **known, held_out=tuple(held_out))
 
 
 def load_parts(config: Config) -> Components:

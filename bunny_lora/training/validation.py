@@ -32,14 +32,16 @@ def is_milestone(step: int, training: TrainingSection) -> bool:
     return step > 0 and (step % training.save_steps == 0 or step == training.max_train_steps)
 
 
-def samples_of(run_dir: Path, training: TrainingSection, step: int) -> list[ValidationImage]:
-    """Return the samples that belong to a step; most steps have none."""
+def samples_of(
+    run_dir: Path, training: TrainingSection, step: int, *, asked: bool = False
+) -> list[ValidationImage]:
+    """Return the samples that belong to a step; most have none, unless somebody asked for them."""
     folder, seed = run_dir / "samples" / f"step-{step:06d}", training.seed
     return [
         ValidationImage(folder / f"{p:02d}-{i}.png", prompt, derive_seed(seed, "validation", i))
         for p, prompt in enumerate(training.validation_prompts)
         for i in range(training.num_validation_images)
-        if is_milestone(step, training)
+        if asked or is_milestone(step, training)
     ]
 
 
