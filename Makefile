@@ -16,7 +16,7 @@ DEMO_NOTEBOOKS := $(filter 01_% 02_% 03_%,$(NOTEBOOKS))
 DEMO := outputs/demo
 DEMO_RUN := $(DEMO)/lora_weights
 
-.PHONY: help demo test torture readers bench notebooks schema lint lab lock clean
+.PHONY: help demo test browser torture readers bench notebooks schema lint lab lock clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -50,12 +50,27 @@ demo: $(INSTALLED) ## Teach the demo's characters: prepare, train, evaluate, hea
 ALONE := tests/test_processes.py
 test: export HF_HUB_OFFLINE := 1
 test: lint ## Lint, types, fast tests, and the notebooks at smoke size
-	$(BIN)/python -m pytest tests --ignore $(ALONE) -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore $(ALONE) --ignore $(IN_BROWSER) \
+	    -n logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest $(ALONE)
 	@rm -rf outputs/smoke
 	BUNNY_LORA_PARAMS=params/smoke.yaml $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	    $(NOTEBOOKS:%=notebooks/%.ipynb)
+	@if [ -n "$(CHROMIUM)" ]; then $(MAKE) --no-print-directory browser; \
+	    else echo "Skipped: the notebooks in a browser, because $(NO_CHROMIUM)"; fi
 	@echo "All passed: lint, format, types, tests, notebooks $(NOTEBOOKS)."
+
+# Chromium is the system's, for instance by apt-get install chromium; Playwright's own is not fetched.
+IN_BROWSER := tests/browser
+CHROMIUM ?= $(shell for name in chromium chromium-browser google-chrome chrome; do \
+    command -v $$name && break; done)
+NO_CHROMIUM := no chromium or google-chrome was found; CHROMIUM=path names one.
+browser: export CHROMIUM := $(CHROMIUM)
+browser: $(INSTALLED) ## Open and run the notebooks in Chromium; screenshots go to outputs/browser
+	@[ -n "$(CHROMIUM)" ] || { echo "make browser: $(NO_CHROMIUM)" >&2; exit 1; }
+	@$(BIN)/python -c "import playwright" 2> /dev/null || \
+	    $(PIP) install --no-build-isolation --editable ".[browser]"
+	$(BIN)/python -m pytest $(IN_BROWSER)
 
 torture: $(INSTALLED) ## Kill training 55 times, resume, and compare every byte; about ten minutes
 	$(BIN)/python tests/torture.py --kills 50 --papermill 5
@@ -76,6 +91,8 @@ BENCH := --append docs/benchmarks.md
 bench: $(INSTALLED) ## Time training, drawing, starting and growth, and add it to docs/benchmarks.md
 	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/draw.py --resolution $(RESOLUTION) $(BENCH)
+	if [ -d $(READERS) ]; then PYTHONPATH=$(READERS) $(BIN)/python benchmarks/draw_cpp.py $(BENCH); \
+	    else echo "Left out: stable-diffusion.cpp, which 'make readers' builds."; fi
 	$(BIN)/python benchmarks/start.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/growth.py $(BENCH)
 	$(BIN)/python benchmarks/plan.py $(BENCH)
@@ -118,7 +135,8 @@ lock: ## Resolve pyproject.toml anew into requirements.lock
 	wc -l requirements.lock
 
 clean: ## Remove what the demo, the tests and the tools left; never your own outputs, nor .venv
-	rm -rf $(DEMO) outputs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) outputs/smoke outputs/browser build .mypy_cache .ruff_cache \
+	    .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation is taken up again by the next command.

@@ -85,7 +85,7 @@ def pieces(base_model: str, lora: Path, resolution: int) -> dict[str, Callable[[
         pipe.vae.decode(latents[:1])
 
     def fast(work: Callable[[], None]) -> None:
-        with torch.no_grad(), drawing.prepared(pipe, 1.0):
+        with torch.no_grad(), drawing.prepared(pipe, 1.0, resolution, resolution):
             work()
 
     return {

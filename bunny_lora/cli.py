@@ -339,7 +339,7 @@ def _sweep(options: argparse.Namespace) -> None:
         for assignment in options.slurm:
             assign(settings, assignment)
         failures = sweep.sweep_on_cluster(todo, folder, settings)
-    print(sweep.leaderboard_text(sweep.leaderboard(folder, grid)))
+    print(sweep.leaderboard_text(*sweep.leaderboard(folder, grid)))
     print(folder / sweep.LEADERBOARD)
     if page := sweep.leaderboard_page(folder, grid):
         print(page)

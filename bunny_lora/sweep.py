@@ -186,15 +186,16 @@ def _told_settings(run: Run) -> str:
     return ", ".join(f"{key}={value}" for key, value in run.settings.items())
 
 
-def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
-    """Return a row for every run that is done, see `compare.best_first`, and write them as CSV.
+def leaderboard(folder: Path, sweep: list[Run]) -> tuple[list[dict[str, Any]], str]:
+    """Write a row for every run that is done as CSV; return them, and in words their order.
 
     The two axes come first, empty where nothing tells them. Each is the mean over characters and
     pictures, with its 95 % interval; the same prompts and seeds for every run.
     """
     done = {run.folder: run for run in sweep if run.done}
     rows = []
-    for found in compare.best_first([ReadRun.read(path) for path in done])[0]:
+    ranked, order = compare.best_first([ReadRun.read(path) for path in done])
+    for found in ranked:
         assert found.result is not None
         told = measures(found.result)
         values = {column: axis(told, word) for column, word in AXES.items()}
@@ -210,7 +211,7 @@ def leaderboard(folder: Path, sweep: list[Run]) -> list[dict[str, Any]]:
     writer.writerows(rows)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / LEADERBOARD, text.getvalue())
-    return rows
+    return rows, order
 
 
 def leaderboard_page(folder: Path, sweep: list[Run]) -> Path | None:
@@ -222,8 +223,8 @@ def leaderboard_page(folder: Path, sweep: list[Run]) -> Path | None:
     return compare.write_comparison(done, folder / LEADERBOARD_PAGE, title=title)
 
 
-def leaderboard_text(rows: list[dict[str, Any]]) -> str:
-    """Return the leaderboard for a terminal: the settings, and mean and interval of each measure."""
+def leaderboard_text(rows: list[dict[str, Any]], order: str) -> str:
+    """Return `leaderboard` for a terminal: the settings, and mean and interval of each measure."""
     if not rows:
         return "No run is done yet."
     shown = [name for name in AXES if any(row[name] is not None for row in rows)]
@@ -240,7 +241,8 @@ def leaderboard_text(rows: list[dict[str, Any]]) -> str:
                 cells[-1] += " ({:.3f} to {:.3f})".format(*interval)
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in table
-    )
+    ]
+    return "\n".join([f"{len(rows)} runs, {order}", *lines])

@@ -15,6 +15,7 @@ from bunny_lora.core.choice import CheckpointLoss
 from bunny_lora.core.eval_result import Interval
 from bunny_lora.core.seeding import generator
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation.by_hand import hand_on
 from bunny_lora.evaluation.choose import shortlist
 from bunny_lora.evaluation.choosing import Point, choose_point
 from bunny_lora.model import adapters
@@ -148,6 +149,15 @@ def test_a_run_is_chosen_for_and_drawn_as_was_chosen(
     assert_readable(report.choice_chart(found))
     assert_readable(report.choice_grid(run_dir, found))
     assert "Nothing was chosen" in texts(report.choice_chart(None))[0]
+
+    # A choice by hand is written over by the rule, which is said.
+    by_hand = hand_on(run_dir, "checkpoint-1", 0.3)
+    assert by_hand.best.label == "checkpoint-1, scale 0.3, guidance 7.5" and by_hand.by_hand
+    assert by_hand.losses == found.losses and len(by_hand.candidates) == 4
+    assert cli.main(["choose", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert f"{by_hand.best.label} was handed on by hand, and gives way to" in said
+    assert report.read_choice(run_dir) == found
 
     # What was chosen is handed on, whatever it is.
     first = next(p for p, c in enumerate(found.candidates) if c.model != "final")

@@ -55,6 +55,17 @@ def test_figures_are_saved_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["loss.png"]
 
 
+def test_a_notebook_keeps_pictures_as_jpeg_and_charts_as_png():
+    chart, grid = plot.Plot(2, "A chart"), plot.Plot(2, "Pictures")
+    chart.panel(1, 1, 2, 1).plot([1, 2])
+    noise = Image.effect_noise((512, 512), 80).convert("RGB")
+    plot.show(grid.panel(1, 0.5, 4, 1.4), noise)
+    (data, about), (picture, said) = chart._repr_mimebundle_(), grid._repr_mimebundle_()
+    assert list(data) == list(about) == ["image/png"]
+    assert list(picture) == list(said) == ["image/jpeg"] and said["image/jpeg"]["alt"] == "Pictures"
+    assert len(picture["image/jpeg"]) < len(grid._repr_png_())
+
+
 def test_text_that_lies_on_text_or_beyond_the_edge_is_found():
     assert_readable(figure := plot.Plot(1.5, "a title", "a subtitle"))
     figure.label(0.2, 0.4, "on the subtitle")

@@ -20,7 +20,8 @@ from bunny_lora.core.image_file import ImageSettings, image_settings, read_metad
 from bunny_lora.core.sections import Sampler
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, formats, samplers
-from bunny_lora.model.fast import drawing
+from bunny_lora.model.fast import drawing, native
+from bunny_lora.model.fast.attention import NativeAttnProcessor, Shape
 from bunny_lora.training.handover import Recommended
 
 FAST = {"num_inference_steps": 2, "width": 64, "height": 64}
@@ -115,9 +116,30 @@ def test_the_fast_path_draws_the_same_picture_and_leaves_nothing_behind(
     assert type(pipe.scheduler).__name__ == "PNDMScheduler"
 
 
+def test_large_attention_is_native_in_bfloat16_and_the_picture_stays_the_same(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = inference.load_lora_pipeline(lora_weights_dir=run_dir, dtype=torch.bfloat16)
+    monkeypatch.setattr(drawing, "MANY_TOKENS", 64)
+    shapes = drawing.large_shapes(pipe.unet, 8, 8)
+    assert shapes == [Shape(64, 64, 8)]
+    if not drawing.has_native_attention(pipe.unet):
+        pytest.skip("no AVX512-BF16, or no compiler")
+    computed = []
+    forward = native.forward
+    monkeypatch.setattr(
+        native, "forward", lambda *inputs: computed.append(inputs[0].shape) or forward(*inputs)
+    )
+    fast = inference.generate_image(pipe, "ellie", sampler="own", **FAST)
+    assert computed and all(shape[2:] == (64, 8) for shape in computed)
+    assert not any(isinstance(p, NativeAttnProcessor) for p in pipe.unet.attn_processors.values())
+    reference = inference.generate_image(pipe, "ellie", reference=True, **FAST)
+    assert mean_difference(fast, reference) < 2
+
+
 def test_layers_are_back_in_their_places_after_a_failure(pipe: StableDiffusionPipeline) -> None:
     before = dict(pipe.unet.named_modules())
-    with pytest.raises(RuntimeError), drawing.prepared(pipe, 1.0):
+    with pytest.raises(RuntimeError), drawing.prepared(pipe, 1.0, 64, 64):
         assert not any(isinstance(module, LoraLayer) for module in pipe.unet.modules())
         raise RuntimeError
     assert dict(pipe.unet.named_modules()) == before

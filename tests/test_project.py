@@ -1,4 +1,4 @@
-"""The shape of the project itself: layers, lengths, notebooks, the README's tree."""
+"""The shape of the project itself: layers, lengths, notebooks, the documents' tree and tables."""
 
 import ast
 import json
@@ -48,6 +48,7 @@ MAX_FUNCTION_LINES = 80
 MAX_MODULE_LINES = 400
 MAX_CODE_CELLS = 16
 MAX_CELL_LINES = 18
+MAX_README_LINES = 100
 
 
 def name_of(path: Path) -> str:
@@ -185,6 +186,11 @@ def test_notebooks_are_short_calls_between_prose(path):
         assert not [node for node in ast.walk(ast.parse(python)) if isinstance(node, definitions)]
     tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
     assert tags.count("parameters") == 1
+    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert "?**" in prose[0], "the question that it answers"
+    assert "On two cores:" in prose[0], "how long it takes"
+    assert "## What next" in prose[-1]
+    assert any("report.config_details(config)" in source for source in code)
 
 
 def test_make_runs_every_notebook_in_its_order():
@@ -236,14 +242,31 @@ def test_no_tracked_file_names_a_place_on_one_machine():
     assert not found
 
 
-# The README's tree
+# The README, and the tree of docs/architecture.md
+
+
+def test_the_readme_is_a_first_visit_and_leads_to_all_documents():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= MAX_README_LINES
+    documents = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    assert not [path for path in documents if f"]({path})" not in readme]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "notebooks" / "README.md"], ids=str)
+def test_every_notebook_is_in_the_tables_with_its_question(path):
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if ".ipynb)" in line]
+    named = [re.search(r"(\w+\.ipynb)\) \| (.+?\?) \|", row).groups() for row in rows]
+    assert [name for name, _ in named] == [notebook.name for notebook in NOTEBOOKS]
+    for notebook, (_, question) in zip(NOTEBOOKS, named, strict=True):
+        first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
+        assert question in " ".join(first.split())
 
 
 def layout_paths() -> list[str]:
-    """The paths in the README's fence under "Layout": two spaces a level, name, two spaces, comment."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    fence = re.search(r"^## Layout\n.*?^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert fence, "README.md has no fenced tree under the heading Layout"
+    """The paths in the fence of docs/architecture.md: two spaces a level, name, two spaces, comment."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    fence = re.search(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert fence, "docs/architecture.md has no fenced tree"
     paths, folders = [], []
     for line in filter(str.strip, fence[1].splitlines()):
         depth = (len(line) - len(line.lstrip())) // 2
@@ -254,7 +277,7 @@ def layout_paths() -> list[str]:
     return paths
 
 
-def test_every_path_in_the_readmes_tree_exists_as_it_is_called():
+def test_every_path_in_the_tree_exists_as_it_is_called():
     paths = layout_paths()
     assert paths
     assert len(paths) == len(set(paths))
@@ -266,7 +289,7 @@ def test_every_path_in_the_readmes_tree_exists_as_it_is_called():
     assert not missing
 
 
-def test_the_readmes_tree_names_every_top_level_path_and_every_module():
+def test_the_tree_names_every_top_level_path_and_every_module():
     inside = [path.relative_to(ROOT).parts for path in tracked_files()]
     top_level = {parts[0] + "/" * (len(parts) > 1) for parts in inside}
     modules = {

@@ -41,14 +41,23 @@ def test_a_sweep_trains_and_judges_each_point_once(
     assert cli.main(["sweep", str(file)]) == 0
     rows = board(project)
     assert {row["lora.rank"] for row in rows} == {"1", "2"}
-    assert float(rows[0]["fidelity"]) >= float(rows[1]["fidelity"])
+    axis = "identity" if all(row["identity"] for row in rows) else "fidelity"
+    assert float(rows[0][axis]) >= float(rows[1][axis])
+    page = (project / "sweeps" / "a" / "leaderboard.html").read_text()
+    assert f"best first by {axis}" in page and "rank-1" in page and "rank-2" in page
     for row in rows:
         result = eval_result.read(project / row["run"])
         assert float(row["fidelity"]) == result.models["final"].all.fidelity.mean
+        told = (
+            result.identity and result.identity.change and result.identity.models["final"]["all"].mean
+        )
+        assert row["identity"] == ("" if told is None else str(told))
         config = files.read_json(project / row["run"] / "final" / "unet" / "adapter_config.json")
         assert str(config["r"]) == row["lora.rank"]
+    printed = capsys.readouterr().out
+    assert "leaderboard.csv" in printed and "leaderboard.html" in printed
+    assert f"2 runs, best first by {axis}" in printed
     before = {path: path.stat().st_mtime_ns for path in project.glob("sweeps/a/*/final/*/*")}
-    capsys.readouterr()
     assert cli.main(["sweep", str(file)]) == 0
     assert "2 runs, 2 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before} and board(project) == rows
@@ -106,7 +115,7 @@ def test_jobs_of_a_cluster_do_the_same(file: Path, project: Path) -> None:
     folder, grid = sweep.read_sweep(file)
     failures = sweep.sweep_on_cluster(grid, folder, {"timeout_min": 5}, cluster="local")
     assert failures == []
-    assert len(sweep.leaderboard(folder, grid)) == 1 and all(run.done for run in grid)
+    assert len(sweep.leaderboard(folder, grid)[0]) == 1 and all(run.done for run in grid)
 
 
 def test_without_a_cluster_it_says_so(

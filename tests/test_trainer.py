@@ -340,14 +340,16 @@ def test_no_data_at_all_is_explained(tiny_model: str, project: Path) -> None:
         train(tiny_model, data_dir="training_data/instance_images")
 
 
-def test_the_readmes_host_pipeline_runs_the_stage_from_its_own_config(
+def test_the_documented_host_pipeline_runs_the_stage_from_its_own_config(
     tiny_model: str, data: Path, project: Path, capsys: pytest.CaptureFixture
 ) -> None:
     section = tiny_config(tiny_model).to_yaml()
     (project / "config.yaml").write_text("pipeline:\n  stages: [finetuning]\n" + section)
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (CHECKOUT / "docs" / "python.md").read_text(), re.DOTALL
+    )
     example = next(block for block in blocks if "STAGES" in block)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, "python.md", "exec"), {})
     assert (project / "run" / "final" / "unet" / "adapter_model.safetensors").is_file()
     assert "config.yaml (found in the working folder)" in capsys.readouterr().out
 

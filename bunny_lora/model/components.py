@@ -306,7 +306,7 @@ def _way(
 ) -> contextlib.AbstractContextManager[None]:
     """Return what changes a pipeline's models for as long as it draws."""
     if settings.path == "fast":
-        return drawing.prepared(pipe, settings.lora_scale)
+        return drawing.prepared(pipe, settings.lora_scale, settings.width, settings.height)
     return contextlib.nullcontext()
 
 

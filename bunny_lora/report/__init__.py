@@ -10,12 +10,12 @@ from bunny_lora.report.comparison import comparison_chart, comparison_grid, comp
 from bunny_lora.report.data_figures import (
     characters_chart,
     contact_sheet,
-    dropped_table,
     dropped_text,
     weak_spots_text,
 )
 from bunny_lora.report.extremes import extremes_grid, nearest_grid
 from bunny_lora.report.grids import before_after_grid, checkpoint_grid, samples_grid
+from bunny_lora.report.notebook import config_details, left_out
 from bunny_lora.report.page import write_report
 from bunny_lora.report.plot import save_figure
 from bunny_lora.report.run_figure import run_figure
@@ -37,11 +37,12 @@ __all__ = [
     "comparison_chart",
     "comparison_grid",
     "comparison_table",
+    "config_details",
     "contact_sheet",
-    "dropped_table",
     "dropped_text",
     "extremes_grid",
     "facts",
+    "left_out",
     "loss_curve",
     "nearest_grid",
     "read_choice",

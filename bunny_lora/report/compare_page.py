@@ -53,7 +53,7 @@ def _board(found: Comparison) -> dict[str, Any]:
     columns = {word: [axis(of_run, word) for of_run in every] for word in AXES}
     columns = {word: values for word, values in columns.items() if any(values)}
     ends = {
-        word: ends_of([measure and measure.final for measure in values], (0.0, 1.0))
+        word: ends_of([measure.final if measure else None for measure in values], (0.0, 1.0))
         for word, values in columns.items()
     }
     heads = {word: next(m for m in values if m) for word, values in columns.items()}

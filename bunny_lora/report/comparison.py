@@ -125,7 +125,7 @@ def same_pictures(
             elif image.model == "final":
                 columns[-1][key] = (run, image)
     places: dict[tuple[str, str], int] = {}
-    ranked = []
+    ranked: list[tuple[int, int, int, int, Key]] = []
     for key in dict.fromkeys(key for column in columns for key in column):
         nth = places[key[:2]] = places.get(key[:2], -1) + 1
         image = next(column[key][1] for column in columns if key in column)

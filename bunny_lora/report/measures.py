@@ -9,7 +9,7 @@ from bunny_lora.core.eval_result import EvalResult, Interval
 from bunny_lora.report.scores import DRIFTS, MEASURES, number
 from bunny_lora.report.web import ends_of
 
-BY_TRAITS = "read trait by trait"
+BY_TRAITS = "by traits"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _by_traits(result: EvalResult) -> Iterator[Measure]:
         return
     base, final = found.identity["base"]["all"], found.identity["final"]["all"]
     yield Measure(
-        f"identity, {BY_TRAITS}", "0: the base model, 1: renders of the character", base, final
+        f"identity {BY_TRAITS}", "0: the base model, 1: renders of the character", base, final
     )
     rows = (
         ("as asked", found.asked, "share of place, light and pose as asked; higher is better"),
@@ -62,7 +62,7 @@ def _by_traits(result: EvalResult) -> Iterator[Measure]:
         if "final" in values:
             ceiling = values.get("ceiling")
             beside = f"; renders {number(ceiling.mean)}" if ceiling else ""
-            yield Measure(f"{name}, {BY_TRAITS}", about + beside, values["base"], values["final"])
+            yield Measure(f"{name} {BY_TRAITS}", about + beside, values["base"], values["final"])
 
 
 def _axes(result: EvalResult) -> Iterator[Measure]:

@@ -79,15 +79,14 @@ def _headline(result: EvalResult | None) -> str:
     found = measures(result)
     identity, asked = axis(found, "identity"), axis(found, "as asked")
     if result.traits and identity and asked:
-        return f"{_told(identity)}; {_told(asked)}."
+        return f"{_told(identity)}; {_told(asked)}.".replace("identity", "Identity", 1)
     return f"{verdict(result)}."
 
 
 def _told(measure: Measure) -> str:
     before = f"base model {number(measure.base.mean)}" if measure.base else ""
     ends = f"; 95 % interval {spread_of(measure.final)}" if spread_of(measure.final) else ""
-    name = measure.name[0].upper() + measure.name[1:]
-    return f"{name}: {number(measure.final.mean)} ({before}{ends})"
+    return f"{measure.name}: {number(measure.final.mean)} ({before}{ends})"
 
 
 def warnings(run: Run) -> list[str]:

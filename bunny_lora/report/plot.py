@@ -26,6 +26,7 @@ from bunny_lora.report import fonts
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#C04F00", "#009E73", "#737373", "#222222"
 TITLE_PT, LABEL_PT, SMALL_PT = 12, 9, 8
 DPI = 110
+JPEG_QUALITY = 90
 WIDTH_IN = 10.0
 FILLER = "\ufdd0"  # no character of any text
 
@@ -72,13 +73,21 @@ class Plot(Figure):
         return ". ".join(dict.fromkeys(filter(None, said)))
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return self._as("png")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:
-        """Return the figure as PNG with its alternative text, as IPython asks for both."""
-        return {"image/png": self._repr_png_()}, {"image/png": {"alt": self.alt_text}}
+        """Return the figure with its alternative text, as IPython asks for both.
+
+        Pictures as JPEG, charts as PNG: an executed notebook that is all PNG has more than 5 MB.
+        """
+        kind = "jpeg" if any(axes.images for axes in self.axes) else "png"
+        return {f"image/{kind}": self._as(kind)}, {f"image/{kind}": {"alt": self.alt_text}}
+
+    def _as(self, kind: str) -> bytes:
+        buffer = io.BytesIO()
+        options = {"quality": JPEG_QUALITY} if kind == "jpeg" else {}
+        self.savefig(buffer, format=kind, pil_kwargs=options)
+        return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -20,6 +20,7 @@ from bunny_lora.training.objective import Learner
 if TYPE_CHECKING:
     from bunny_lora.training.setup import Setup
 
+LONG_SEC = 2
 RANDOM = " (random weights: its pictures are noise)"
 
 
@@ -34,10 +35,13 @@ class Trial:
 def time_trial(learner: Learner, optimizer: Optimizer) -> Trial:
     """Time the run's first micro-batch, whose gradients are thrown away.
 
-    Twice, since the first pass also pays for allocating memory and choosing kernels.
+    Twice, since the first pass also pays for allocating memory and choosing kernels; but where it is
+    long, that is a small part of it, and a user waits for the second.
     """
-    device = learner.components.device
+    device, micro_batch_sec = learner.components.device, 0.0
     for _ in range(2):
+        if micro_batch_sec > LONG_SEC:
+            break
         devices.synchronize(device)
         started = time.perf_counter()
         loss = learner.loss(0)

@@ -1,25 +1,32 @@
 """Drawing with the LoRA inside the weights and the VAE in a faster layout, for as long as it takes.
 
 The sums are the same in another order, so a picture differs in single values of 255 from the one that
-diffusers draws with the LoRA as an adapter. Small pictures are drawn several at once.
+diffusers draws with the LoRA as an adapter. Large attention is computed by the native kernel where
+that was faster; small pictures are drawn several at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
 
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model.fast import attention, native
+from bunny_lora.model.fast.attention import Shape
+
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 SMALL_PX = 256
 """Up to here a picture keeps its threads waiting for each other more than computing, see LOG.md."""
 MAX_AT_ONCE = 4
+MANY_TOKENS = 1024
 
 
 def n_at_once(device: torch.device, side_px: int) -> int:
@@ -50,20 +57,55 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prepared(pipe: StableDiffusionPipeline, lora_scale: float) -> Iterator[None]:
+def prepared(
+    pipe: StableDiffusionPipeline, lora_scale: float, width: int, height: int
+) -> Iterator[None]:
     """Have a pipeline draw faster; afterwards it is as it was, to the bit.
 
     Args:
         pipe: with or without LoRA layers of PEFT in UNet and text encoder.
         lora_scale: multiplies what these change.
+        width: of the pictures, pixels.
+        height: likewise.
     """
-    decoder = pipe.vae.decoder
+    decoder, scale = pipe.vae.decoder, pipe.vae_scale_factor
     with merged(pipe.unet, lora_scale), merged(pipe.text_encoder, lora_scale):
         decoder.to(memory_format=torch.channels_last)
+        if has_native_attention(pipe.unet):
+            attention.install(pipe.unet, large_shapes(pipe.unet, height // scale, width // scale))
         try:
             yield
         finally:
+            attention.remove(pipe.unet)
             decoder.to(memory_format=torch.contiguous_format)
+
+
+def has_native_attention(unet: UNet2DConditionModel) -> bool:
+    """Whether large attention is faster by the native kernel: in bfloat16, with AVX512-BF16."""
+    fits = unet.device.type == "cpu" and unet.dtype == torch.bfloat16
+    return fits and torch.cpu._is_avx512_bf16_supported() and _is_built()
+
+
+@functools.cache
+def _is_built() -> bool:
+    try:
+        native.library()
+    except BunnyLoraError:
+        return False
+    return True
+
+
+def large_shapes(unet: UNet2DConditionModel, height: int, width: int) -> list[Shape]:
+    """Return a UNet's attention to itself over many tokens, for latents of so many rows and columns."""
+    channels = unet.config.block_out_channels
+    heads = unet.config.num_attention_heads or unet.config.attention_head_dim
+    heads = [heads] * len(channels) if isinstance(heads, int) else heads
+    found = []
+    for width_of_level, count in zip(channels, heads, strict=True):
+        if height * width >= MANY_TOKENS:
+            found.append(Shape(height * width, height * width, width_of_level // count))
+        height, width = -(-height // 2), -(-width // 2)
+    return found
 
 
 @contextlib.contextmanager
