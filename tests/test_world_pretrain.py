@@ -254,7 +254,7 @@ def test_the_cast_has_one_look_a_name_and_no_hero() -> None:
 
 
 def test_attention_that_is_new_adds_nothing_at_first(tmp_path: Path) -> None:
-    models = build_models(WORLD_WEIGHTS / "clip", 4, (32, 32, 32), 0)
+    models = build_models(WORLD_WEIGHTS / "clip", 8, (32, 32, 32), 0)
     old = models["unet"].config | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     }
@@ -262,7 +262,7 @@ def test_attention_that_is_new_adds_nothing_at_first(tmp_path: Path) -> None:
     smaller.save_pretrained(tmp_path)
     load_weights(models["unet"], tmp_path)
     inputs = (
-        torch.randn(1, 4, 4, 4),
+        torch.randn(1, 4, 8, 8),
         torch.tensor([500]),
         torch.randn(1, 3, old["cross_attention_dim"]),
     )
