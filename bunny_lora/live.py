@@ -24,8 +24,8 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.report.run_state import RunState
 from bunny_lora.trainer import LoRATrainer
 
-EVERY_SEC = 2.0
-SHARE = 0.05  # of the time at most goes into drawing the view
+EVERY_SEC, SELDOM_SEC = 2.0, 15.0  # between two drawings of the view
+SHARE = 0.05  # of the time may go into drawing, where that is not too seldom
 N_TURNS = 10  # of the kernel's loop until a message that has come is dealt with
 
 BUTTONS: dict[requests.Kind, tuple[str, str]] = {
@@ -73,7 +73,7 @@ class RunView:
         except Exception as error:  # Training is not to end with its view, nor the view in silence.
             self._say(f"The view has failed: {type(error).__name__}: {error}")
         spent = time.monotonic() - started
-        self.due = time.monotonic() + max(EVERY_SEC, spent / SHARE)
+        self.due = time.monotonic() + min(SELDOM_SEC, max(EVERY_SEC, spent / SHARE))
 
     def refresh(self) -> None:
         """Read the run's files and draw again, if they have changed."""
@@ -91,7 +91,7 @@ class RunView:
             self._say("")
         self.seen = known
         self.table.value = as_table(state)
-        self.figure.value = as_image(state)
+        self.figure.value = as_image(state) if state.steps else ""
 
     def _say(self, text: str) -> None:
         self.said.value = f"<i>{html.escape(text)}</i>"
