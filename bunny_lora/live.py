@@ -13,6 +13,7 @@ import html
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 from IPython.display import display
@@ -45,7 +46,8 @@ class RunView:
         row = widgets.HBox(list(self.buttons.values()), layout={"flex_flow": "row wrap"})
         layout = {"width": width, "min_width": "360px"}
         self.box = widgets.VBox([row, self.said, self.table, self.figure], layout=layout)
-        self.due, self.seen = 0.0, None
+        self.due = 0.0
+        self.seen: tuple[Any, ...] | None = None
 
     def _button(self, kind: requests.Kind) -> widgets.Button:
         label, meaning = BUTTONS[kind]
