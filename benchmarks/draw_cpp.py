@@ -31,11 +31,13 @@ OURS, THEIRS = "ours", "stable-diffusion.cpp"
 
 @quiet()
 def write_models(folder: Path) -> tuple[Path, Path, Path]:
-    """Write base model and LoRA, and the two merged in one file of float16; return their places.
+    """Return base model, LoRA, and the two merged in one file of float16; write them if need be.
 
     The vocabulary is CLIP's, which stable-diffusion.cpp brings itself.
     """
     base, shape = folder / "base", random_models.BK_SDM_TINY
+    if (folder / "out").is_dir():
+        return base, folder / "lora", next((folder / "out").glob("*.safetensors"))
     pipe = random_models.build_pipeline(shape, tokenizer=bpe.build_clip_tokenizer())
     pipe.to(torch.float16).save_pretrained(base)
     lora = draw.write_lora(str(base), folder / "lora")
@@ -117,9 +119,10 @@ def measure(size_px: int, repeats: int, root: Path) -> str:
 def main() -> None:
     """Measure, print, and append to a file where one is named."""
     parser = measuring.arguments(__doc__, resolution=512, repeats=1)
+    parser.add_argument("--models", type=Path, help="a folder to keep the models in, for another time")
     options = parser.parse_args()
     with measuring.project() as root:
-        text = measure(options.resolution, options.repeats, root)
+        text = measure(options.resolution, options.repeats, options.models or root)
     measuring.report(text, options.append)
 
 

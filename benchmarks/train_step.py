@@ -1,4 +1,4 @@
-"""A training image by its ancestor's loop, by ours, and by ours with native attention, in turns.
+"""A training image by its ancestor's loop, by diffusers' script, ours and its fast paths, in turns.
 
     python benchmarks/train_step.py                                      # the real shape, 512 px
     python benchmarks/train_step.py --quick                              # toy size, in seconds
@@ -11,67 +11,39 @@ has medians, spread and the load.
 from __future__ import annotations
 
 import os
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import measuring
 import torch
-from torch.nn.functional import mse_loss
+from rivals import SEED, Ancestor, DiffusersScript
+from torch.utils.flop_counter import FlopCounterMode
 
 from bunny_lora.config import validate
 from bunny_lora.dataset import ImageDataset
-from bunny_lora.model import adapters, components
+from bunny_lora.model import components, devices
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import attention, choice
+from bunny_lora.model.fast import choice
+from bunny_lora.model.fast.choice import FastPath
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training.latents import Batch
 from bunny_lora.world.film import write_film
 
-SEED = 42
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-class Ancestor:
-    """The loop that this project began with: float32, all three models at every image, checkpointing.
-
-    Its loss is not divided by the accumulation, so its gradients are that many times as long.
-    """
-
-    def __init__(self, trainer: LoRATrainer) -> None:
-        config = trainer.config
-        self.parts = components.load_components(config.base_model, torch.device("cpu"), torch.float32)
-        self.parts.unet.enable_gradient_checkpointing()
-        lora = config.lora
-        adapters.attach(self.parts.unet, "unet", lora, base_model=config.base_model, seed=SEED)
-        self.parts.unet.train()
-        parameters = adapters.trainable_parameters(self.parts.unet).values()
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.training.learning_rate)
-
-    def loss(self, pixels: torch.Tensor, random: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Encode a picture and its caption, and predict the noise of `batch` in what was encoded."""
-        with torch.no_grad():
-            mean, std = components.encode_images(self.parts.vae, pixels)
-            words = components.encode_prompts(self.parts, batch.captions)
-        latents = mean + std * random
-        noisy = self.parts.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
-        predicted = self.parts.unet(noisy, batch.timesteps, words).sample
-        return mse_loss(predicted.float(), batch.noise)
-
-    def step(self, pixels: torch.Tensor, random: torch.Tensor, batch: Batch) -> None:
-        """Learn from one picture."""
-        self.loss(pixels, random, batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def open_trainer(base_model: str, resolution: int) -> LoRATrainer:
+def open_trainer(base_model: str, resolution: int, *, checkpointing: bool = False) -> LoRATrainer:
     """Return a trainer with its data encoded and its model loaded, in a project of its own."""
     write_film(Path(os.environ["BUNNY_LORA_ROOT"]) / "outputs" / "film", n_frames=2)
     section = {
         "base_model": base_model,
         "source": "outputs/film",
         "resolution": resolution,
-        "training": {"batch_size": 1, "seed": SEED},
+        "training": {"batch_size": 1, "seed": SEED, "gradient_checkpointing": checkpointing},
     }
     trainer = LoRATrainer(config=validate(section))
     trainer.prepare_data()
@@ -92,64 +64,120 @@ def first_batch(trainer: LoRATrainer) -> tuple[torch.Tensor, torch.Tensor, Batch
 
 
 def sides(
-    trainer: LoRATrainer, ancestor: Ancestor, fast: list[attention.Shape]
+    trainer: LoRATrainer, rivals: dict[str, Ancestor | DiffusersScript], paths: dict[str, FastPath]
 ) -> dict[str, Callable[[], None]]:
     """Return what is compared, by name; each is one picture, forwards, backwards and an update."""
     setup, first = trainer.setup, first_batch(trainer)
 
-    def ours(shapes: list[attention.Shape]) -> None:
-        attention.install(setup.parts.unet, shapes)
+    def ours(path: FastPath) -> None:
+        choice.install(setup.parts.unet, path)
         setup.learner.loss(0).backward()
-        attention.remove(setup.parts.unet)
+        choice.remove(setup.parts.unet)
         setup.state.optimizer.step()
         setup.state.optimizer.zero_grad()
 
-    found: dict[str, Callable[[], None]] = {
-        "the ancestor's loop": lambda: ancestor.step(*first),
-        "ours": lambda: ours([]),
+    return {
+        **{name: partial(rival.step, *first) for name, rival in rivals.items()},
+        **{f"ours, {name}": partial(ours, path) for name, path in paths.items()},
     }
-    return found | ({"ours, native attention": lambda: ours(fast)} if fast else {})
 
 
-def loss_difference(trainer: LoRATrainer, ancestor: Ancestor) -> float:
-    """Return by how much the losses of the same micro-batch differ, relative to the ancestor's."""
+def fast_paths(chosen: FastPath) -> dict[str, FastPath]:
+    """Return the plain path, each change alone, and the one that a run takes here by default."""
+    found = {"plain": FastPath([], lora=False)}
+    if chosen.shapes:
+        found["native attention"] = chosen._replace(lora=False)
+    if chosen.lora:
+        found["LoRA without casts"] = FastPath([], lora=True)
+    return found | ({"default: both": chosen} if len(found) == 3 else {})
+
+
+def loss_difference(trainer: LoRATrainer, rival: Ancestor | DiffusersScript) -> float:
+    """Return by how much the losses of the same micro-batch differ, relative to the rival's."""
     with torch.no_grad():
-        theirs = ancestor.loss(*first_batch(trainer)).item()
+        theirs = rival.loss(*first_batch(trainer)).item()
         mine = trainer.setup.learner.loss(0).item()
     difference = abs(mine - theirs) / theirs
     if difference > TOLERANCE[trainer.setup.parts.dtype]:
-        raise SystemExit(f"The two loops do not do the same work: losses {theirs} and {mine}.")
+        raise SystemExit(f"The loops do not do the same work: losses {theirs} and {mine}.")
     return difference
+
+
+def peak_flops(dtype: torch.dtype, side: int) -> float:
+    """Return the operations a second of a large product of matrices, the best of ten."""
+    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+    seconds = min(measuring.timed(lambda: torch.mm(a, b)).wall for _ in range(10))
+    return 2 * side**3 / seconds
+
+
+def count_flops(trainer: LoRATrainer) -> int:
+    """Return the operations of products, convolutions and attention in one picture."""
+    with FlopCounterMode(display=False) as counter:
+        trainer.setup.learner.loss(0).backward()
+    trainer.setup.state.optimizer.zero_grad()
+    return counter.get_total_flops()
+
+
+def memory_alone(options: list[str]) -> str:
+    """Return the most memory of a process that does nothing but our training, GB of 10^9."""
+    command = [sys.executable, __file__, "--memory", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def measure(base_model: str, resolution: int, repeats: int) -> str:
     """Measure everything and return the section of docs/benchmarks.md."""
     load = os.getloadavg()[0]
+    own = ["--base-model", base_model, "--resolution", str(resolution)]
+    memory = {kind: memory_alone([*own, *extra]) for kind, extra in MEMORY.items()}
     trainer = open_trainer(base_model, resolution)
     parts: Components = trainer.setup.parts
-    ancestor = Ancestor(trainer)
-    difference = loss_difference(trainer, ancestor)
+    rivals = {
+        "the ancestor's loop": Ancestor(trainer),
+        "diffusers' script": DiffusersScript(trainer),
+    }
+    apart = ", ".join(f"{name} {loss_difference(trainer, r):.1e}" for name, r in rivals.items())
     place = (Path(components.resolve_base_model(base_model)), resolution, parts.device, parts.dtype)
-    why_not = choice.why_not(parts.device, parts.dtype)
-    works = sides(trainer, ancestor, choice.read(choice.choose("auto" if why_not else "on", *place)))
-    times = measuring.take_turns(works, repeats)
-    told = "no native attention: " if why_not else "native attention, "
-    told += choice.explain(*place)
+    paths = fast_paths(choice.read(choice.choose("auto", *place)))
+    peak, flops = peak_flops(parts.dtype, 2048 if resolution > 64 else 256), count_flops(trainer)
+    times = measuring.take_turns(sides(trainer, rivals, paths), repeats)
+    best = statistics.median(s.wall for s in list(times.values())[-1])
     facts = [
         f"{base_model} at {resolution} px, one image at a time, {parts.dtype}".replace("torch.", ""),
-        f"losses of ancestor and ours on one micro-batch: {difference:.1e} apart",
-        f"{told}; sides in turns, medians of {repeats}",
+        f"losses of the same micro-batch, away from ours: {apart}",
+        f"{choice.explain(*place)}; sides in turns, medians of {repeats}",
+        f"the last row does {flops / 1e12:.3g} TFLOP at {flops / best / peak:.0%} of the"
+        f" {peak / 1e12:.3g} TFLOP/s of a product of large matrices",
+        "most memory of a process that encodes two pictures and trains: "
+        + ", ".join(f"{gb} GB {kind}" for kind, gb in memory.items()),
     ]
     return measuring.section("A training image", facts, measuring.table(times, "an image"), load)
+
+
+MEMORY: dict[str, list[str]] = {"by default": [], "with gradient checkpointing": ["--checkpointing"]}
+
+
+def train_alone(base_model: str, resolution: int, *, checkpointing: bool) -> None:
+    """Do two steps as a run does them, and print the most memory of this process."""
+    trainer = open_trainer(base_model, resolution, checkpointing=checkpointing)
+    for position in range(2):
+        trainer.setup.learner.loss(position).backward()
+        trainer.setup.state.optimizer.step()
+        trainer.setup.state.optimizer.zero_grad()
+    print(f"{devices.peak_memory_gb(trainer.setup.parts.device):.2f}")
 
 
 def main() -> None:
     """Measure, print, and append to a file where one is named."""
     parser = measuring.arguments(__doc__, resolution=512, repeats=5)
     parser.add_argument("--quick", action="store_true", help="random-tiny at 64 px")
+    parser.add_argument("--memory", action="store_true", help="only our memory, in this process")
+    parser.add_argument("--checkpointing", action="store_true", help="with --memory")
     options = parser.parse_args()
     small = ("random-tiny", 64) if options.quick else (options.base_model, options.resolution)
     with measuring.project():
+        if options.memory:
+            train_alone(*small, checkpointing=options.checkpointing)
+            return
         text = measure(*small, options.repeats)
     measuring.report(text, options.append)
 

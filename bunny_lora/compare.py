@@ -10,7 +10,7 @@ from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation.pairs import differences
 from bunny_lora.report.comparison import Comparison, short_names
-from bunny_lora.report.measures import axis, measures
+from bunny_lora.report.measures import columns, measures
 from bunny_lora.report.runs import Run
 
 PAGE = "compare.html"
@@ -71,11 +71,11 @@ def best_first(runs: list[Run]) -> tuple[list[Run], str]:
     """
     found = {run.folder: measures(run.result) for run in runs if run.result}
     for word in ("identity", "fidelity"):
-        values = {folder: axis(of_run, word) for folder, of_run in found.items()}
-        known = {folder: value for folder, value in values.items() if value}
-        if known and len(known) == len(found) and len({v.name for v in known.values()}) == 1:
-            name = next(iter(known.values())).name
-            best = sorted(known, key=lambda folder: -known[folder].final.mean)
+        told = columns(list(found.values()), word)
+        if len(told) == 1 and None not in (values := next(iter(told.values()))):
+            name = next(iter(told))
+            known = {f: value.final.mean for f, value in zip(found, values, strict=True) if value}
+            best = sorted(known, key=lambda folder: -known[folder])
             rank = {folder: place for place, folder in enumerate(best)}
             runs = sorted(runs, key=lambda run: rank.get(run.folder, len(runs)))
             return runs, f"best first by {name}; the other axis beside it"

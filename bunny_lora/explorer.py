@@ -10,6 +10,7 @@ import base64
 import html
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,19 @@ def static_figure(studio: Studio) -> Plot:
     cells, labels = [], []
     for name in studio.characters[:N_STATIC]:
         prompt, seed = studio.prompts(name)[0], studio.seeds(0)[0]
-        found = [studio.find(Wanted(model, prompt, seed)) for model in (BASE, "final")]
-        pictures = [opened(path) if path else None for path in found]
-        if any(pictures):
-            cells.append([pictures[0], wiped(*pictures, 0.5), pictures[1]])
+        base, lora = (_opened(studio, Wanted(model, prompt, seed)) for model in (BASE, "final"))
+        if base or lora:
+            cells.append([base, wiped(base, lora, 0.5), lora])
             labels.append(prompt)
     if not cells:
         return Plot(0.7, "No pictures yet", "evaluate draws them")
     heads = [("", ["base model", "half and half", "with LoRA"])]
     return picture_grid(("Base model and LoRA", "the same seed"), labels, heads, cells)
+
+
+def _opened(studio: Studio, wanted: Wanted) -> Image.Image | None:
+    path = studio.find(wanted)
+    return opened(path) if path else None
 
 
 def wiped(base: Image.Image | None, lora: Image.Image | None, share: float) -> Image.Image | None:
@@ -185,11 +190,9 @@ class Explorer:
 
     def show(self) -> None:
         """Show what is there of what is wanted, and say what is missing."""
-        found = [self.studio.find(wanted) for wanted in self.wanted()]
-        pictures = [opened(path) if path else None for path in found]
-        picture = wiped(*pictures, self.wipe.value / 100)
-        names = ("base model", "LoRA")
-        missing = [name for name, path in zip(names, found, strict=True) if path is None]
+        base, lora = (_opened(self.studio, wanted) for wanted in self.wanted())
+        picture = wiped(base, lora, self.wipe.value / 100)
+        missing = [name for name, one in (("base model", base), ("LoRA", lora)) if one is None]
         self.draw.disabled = not missing
         alt = f"Left the base model, right the LoRA: {self.prompt.value}, seed {self.seed.value}"
         self.picture.value = _img(picture, alt, SHOWN_PX) if picture else "<p>Not drawn yet.</p>"
@@ -215,15 +218,15 @@ class Explorer:
         self.say("Drawing. The first picture of a checkpoint takes longer: its weights are loaded.")
         try:
             for place, wanted in enumerate(missing):
-                self.studio.draw(wanted, lambda step, before=place: self._tick(before * n_steps + step))
+                self.studio.draw(wanted, partial(self._tick, place * n_steps))
         finally:
             self.progress.layout.visibility = "hidden"
         self.show()
         if doubts:
             self.say(" ".join(doubts))
 
-    def _tick(self, n_done: int) -> None:
-        self.progress.value = n_done
+    def _tick(self, n_before: int, step: int) -> None:
+        self.progress.value = n_before + step
 
     def hand_on_these(self) -> None:
         """Have the run drawn with this checkpoint and LoRA scale from now on."""

@@ -68,7 +68,10 @@ class RunView:
         """Read the run's files and draw again, if they have changed and it was long enough ago."""
         if (started := time.monotonic()) < self.due:
             return
-        self.refresh()
+        try:
+            self.refresh()
+        except Exception as error:  # Training is not to end with its view, nor the view in silence.
+            self._say(f"The view has failed: {type(error).__name__}: {error}")
         spent = time.monotonic() - started
         self.due = time.monotonic() + max(EVERY_SEC, spent / SHARE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,6 +20,7 @@ from bunny_lora import report
 from bunny_lora.core import paths, requests
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.report.run_state import RunState
+from bunny_lora.report.training_figures import smoothed
 
 EVERY_SEC = 2.0
 BARS = "▁▂▃▄▅▆▇█"
@@ -82,20 +84,23 @@ def _panel(state: RunState, width: int, *, plain: bool) -> Panel:
     for name, fact in report.facts(state).items():
         table.add_row(Text(name), Text(fact))
     bar = ProgressBar(total=state.n_steps or 1, completed=state.step, width=width - 4)
-    losses = [record["loss"] for record in state.steps]
-    rows = [bar, table, Text(sparkline(losses, width - 4, PLAIN_BARS if plain else BARS), style="blue")]
+    losses = [record["loss"] for record in state.steps if math.isfinite(record["loss"])]
+    curve = sparkline(
+        smoothed(losses, max(1, len(losses) // 10)), width - 4, PLAIN_BARS if plain else BARS
+    )
+    # In a cell: a bar has no end of line of its own.
+    rows = [Columns([bar]), table, Text(curve, style="blue")]
     colour = COLOURS[state.status.state]
     return Panel(Group(*rows), title=Text(state.name), border_style=colour, width=width)
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     """Return a curve of one line: each letter is the mean of its share of the values, low to high."""
-    finite = [value for value in values if value == value]
-    if not finite:
+    if not values:
         return ""
-    n = min(width, len(finite))
-    edges = [round(i * len(finite) / n) for i in range(n + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    n = min(width, len(values))
+    edges = [round(i * len(values) / n) for i in range(n + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(bars) - 1) / (high - low) if high > low else 0
     return "".join(bars[round((mean - low) * scale)] for mean in means)

@@ -1,5 +1,6 @@
 """Runs beside each other: what differs, in settings and scores, and the same pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bunny_lora.core.image_file import save_image
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation.pairs import differences
 from bunny_lora.report.comparison import settings_rows, short_names
+from bunny_lora.report.measures import columns, measures
 
 
 def result_of(identity: float, *, names: list[str] | None = None) -> EvalResult:
@@ -84,6 +86,18 @@ def test_the_best_comes_first_by_identity_or_else_by_fidelity(runs: list[Path]) 
     assert best_first([run for run in found.runs if run.result is None])[1].startswith("in no order")
 
 
+def test_what_different_judges_tell_stands_apart() -> None:
+    first, other = measures(result_of(0.2)), measures(result_of(0.7))
+    assert len(columns([first, other, []], "identity")) == 1
+    renamed = [replace(m, name="identity by traits") for m in other if m.name.startswith("identity")]
+    found = columns([first, renamed, []], "identity")
+    assert [[m is not None for m in values] for values in found.values()] == [
+        [True, False, False],
+        [False, True, False],
+    ]
+    assert list(columns([first, [*renamed, *other]], "identity")) == list(found)[:1]
+
+
 def test_what_does_not_compare_is_said(runs: list[Path]) -> None:
     result = result_of(0.7)
     result.settings.seed, result.run_info.trained_by = 5, {"data_sha256": "b"}
@@ -103,7 +117,7 @@ def test_figures_of_a_comparison(runs: list[Path]) -> None:
         assert_readable(figure)
     grid = report.comparison_grid(found)
     assert n_pictures(grid) == 4 * 3 and {"base model", "weak", "strong", "later"} <= set(texts(grid))
-    assert "identity by facebook/dino…" in texts(report.comparison_chart(found))
+    assert "identity by facebook/dinov…" in texts(report.comparison_chart(found))
     table = report.comparison_table(found)
     assert "training.learning_rate" in table and "0.500 (0.500 to 0.500)" in table
     nothing = compare(runs[2:])
@@ -120,7 +134,8 @@ def test_runs_are_found_in_a_folder_of_them_without_those_that_were_set_aside(
     assert find_runs([runs[0], "outputs/sweep/weak"]) == runs[:1]
     with pytest.raises(BunnyLoraError, match="is no run, and there is none in it"):
         find_runs([project / "params"])
-    assert short_names([project / "a" / "run", project / "b" / "run"]) == ["a/run", "b/run"]
+    assert short_names([project / "a" / "run", project / "b" / "run"]) == ["a", "b"]
+    assert short_names([project / "a" / "run", project / "run"]) == ["a", "run"]
 
 
 def test_a_comparison_is_a_page(runs: list[Path], capsys: pytest.CaptureFixture) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 from conftest import draw_frames, open_image, tiny_config
@@ -13,7 +12,7 @@ from test_figures import assert_readable, n_pictures
 from bunny_lora import explorer, report
 from bunny_lora.config import Config
 from bunny_lora.core import choice as choice_file
-from bunny_lora.core import eval_result, progress
+from bunny_lora.core import eval_result
 from bunny_lora.core.image_file import read_metadata
 from bunny_lora.evaluation import evaluate
 from bunny_lora.evaluation.explored import Studio, Wanted
@@ -162,25 +161,3 @@ def test_a_picture_is_wiped_from_base_to_lora() -> None:
     assert wiped(base, lora, 0).getcolors() == lora.getcolors()
     assert wiped(base, lora, 1).getcolors() == base.getcolors()
     assert wiped(None, lora, 0.5) is lora and wiped(None, None, 0.5) is None
-
-
-def test_a_kernel_that_a_server_started_is_watched_and_papermills_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert not progress.is_watched(), "no notebook"
-
-    class Shell:
-        user_ns = MappingProxyType({})
-
-    monkeypatch.setattr(progress, "in_notebook", lambda: True)
-    monkeypatch.setattr("IPython.get_ipython", Shell)
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    monkeypatch.delenv("BUNNY_LORA_PROGRESS", raising=False)
-    assert not progress.is_watched()
-    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "widgets")
-    assert progress.is_watched()
-    monkeypatch.setenv("BUNNY_LORA_PROGRESS", "lines")
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/03_evaluate.ipynb")
-    assert not progress.is_watched()
-    monkeypatch.delenv("BUNNY_LORA_PROGRESS")
-    assert progress.is_watched()

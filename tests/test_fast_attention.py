@@ -15,7 +15,7 @@ from bunny_lora.model.fast import native
 from bunny_lora.model.fast.attention import NativeAttnProcessor, Shape, attention, install, remove
 from bunny_lora.model.random_models import TINY
 
-# batch, heads, queries, keys, features; the kernel's tiles are 64 keys by 48 or 96 queries.
+# batch, heads, queries, keys, features; the kernel's tiles are 128 keys by 48 or 96 queries.
 SIZES = [
     (1, 2, 64, 64, 8),
     (2, 3, 77, 77, 40),
@@ -24,6 +24,7 @@ SIZES = [
     (1, 8, 100, 77, 80),
     (2, 1, 131, 67, 13),
     (1, 2, 96, 128, 160),
+    (1, 1, 97, 300, 24),
 ]
 # Twice and more what both were measured to be off by.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
@@ -84,6 +85,27 @@ def test_large_and_equal_scores_neither_overflow_nor_vanish():
         exact = results(scaled_dot_product_attention, [x.double() for x in inputs], grad.double())
         for local_shard, true in zip(results(attention, inputs, grad), exact, strict=True):
             torch.testing.assert_close(local_shard.double(), true, rtol=1e-3, atol=1e-3)
+
+
+def test_scores_that_grow_from_key_to_key_lose_nothing():
+    """The softmax's reference follows the largest score late, and never too late."""
+    query, value = torch.ones(1, 1, 3, 8), tokens((1, 1, 400, 8), torch.float32, 0)
+    key = torch.linspace(-300, 300, 400)[None, None, :, None].expand(1, 1, 400, 8)
+    grad = torch.ones_like(query)
+    exact = results(
+        scaled_dot_product_attention, [x.double() for x in (query, key, value)], grad.double()
+    )
+    for ours, true in zip(results(attention, [query, key, value], grad), exact, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_is_no_number_stays_none(place):
+    inputs = [tokens((1, 1, 150, 16), torch.bfloat16, i) for i in range(3)]
+    inputs[place][0, 0, 140] = torch.nan
+    out, *grads = results(attention, inputs, torch.ones_like(inputs[0]))
+    assert out.isnan().any()
+    assert grads[place].isnan().any() or place == 2
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)

@@ -68,12 +68,12 @@ def test_the_shapes_are_those_that_the_unet_computes(tiny_model, kernels, monkey
 def test_auto_takes_what_a_trial_finds_faster_on_all_and_off_nothing(tiny_model, kernels, monkeypatch):
     shapes = choice.shapes_of(Path(tiny_model), 64)
     assert choose("off", tiny_model) == "plain"
-    assert choice.read(choose("on", tiny_model)) == shapes
+    assert choice.read(choose("on", tiny_model)) == (shapes, True)
     monkeypatch.setattr(choice, "speed_up", always(1.0))
     assert choose("auto", tiny_model) == "plain"
     monkeypatch.setattr(choice, "speed_up", lambda shape, dtype: 2.0 if shape == shapes[0] else 0.5)
     assert choose("auto", tiny_model) == f"native attention {shapes[0]}"
-    assert choice.read(choose("auto", tiny_model)) == shapes[:1]
+    assert choice.read(choose("auto", tiny_model)) == (shapes[:1], False)
 
 
 def test_without_a_kernel_auto_is_plain_and_on_says_why(tiny_model, project, monkeypatch):
@@ -85,6 +85,18 @@ def test_without_a_kernel_auto_is_plain_and_on_says_why(tiny_model, project, mon
         choose("on", tiny_model)
     with pytest.raises(BunnyLoraError, match="float16"):
         choose("on", tiny_model, torch.float16)
+    native.library.cache_clear()
+
+
+def test_lora_goes_without_casts_where_there_would_be_some(tiny_model, kernels, project, monkeypatch):
+    monkeypatch.setattr(choice, "speed_up", always(1.0))
+    assert choose("auto", tiny_model, torch.bfloat16) == "LoRA without casts"
+    assert choose("auto", tiny_model, torch.float32) == "plain"
+    everything = choose("on", tiny_model)
+    assert choice.write(choice.read(everything)) == everything
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.library.cache_clear()
+    assert choose("auto", tiny_model, torch.bfloat16) == "LoRA without casts"
     native.library.cache_clear()
 
 
@@ -153,7 +165,7 @@ def test_what_auto_chose_at_the_beginning_holds_to_the_end(
     monkeypatch.setattr(choice, "speed_up", always(2.0))
     trainer = trainer_of(tiny_model, project, fast_path="auto", max_train_steps=1)
     trainer.train()
-    assert "attention      native attention 16x16x" in (said := capsys.readouterr().out)
+    assert "fast path      native attention 16x16x" in (said := capsys.readouterr().out)
     assert re.search(r"times as fast as torch's own: 16x16x\d+ 2\.00, 16x77x\d+ 2\.00", said)
     monkeypatch.setattr(choice, "speed_up", always(0.5))
     trainer_of(tiny_model, project, fast_path="auto").train()

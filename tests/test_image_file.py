@@ -35,7 +35,7 @@ def test_an_image_of_these_settings_and_weights_is_current(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ImageSettings.model_fields)
 def test_an_image_that_differs_in_any_setting_is_stale(path: Path, name: str) -> None:
-    value = image_settings(**SETTINGS).model_dump()[name]
+    value = getattr(image_settings(**SETTINGS), name)
     other = value + 8 if isinstance(value, int | float) else "other"
     other = "reference" if name == "path" else other
     assert not image_file.is_current(path, image_settings(**SETTINGS | {name: other}), MADE_BY)

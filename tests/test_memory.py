@@ -63,6 +63,8 @@ def storages(tree: object) -> list[torch.UntypedStorage]:
         {"training": {"batch_size": 2}},
         {"training": {"gradient_checkpointing": True}},
         {"training": {"mixed_precision": "bf16"}},
+        {"training": {"mixed_precision": "bf16", "fast_path": "auto"}},
+        {"training": {"fast_path": "on"}},
         {"lora": {"train_text_encoder": True}},
         {"prior_preservation": {"enabled": True, "num_class_images": 1, "class_data_dir": "class"}},
     ],

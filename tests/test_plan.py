@@ -1,5 +1,6 @@
 """What a run will take: counted exactly, tried on two images, and nothing left behind."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_what_does_not_fit_is_no_go() -> None:
     assert not a_plan().refusals(hours=1)
     assert a_plan(disk_gb=101.0).refusals() == ["101.0 GB of disk, and 100.0 are free"]
     assert a_plan().refusals(hours=0.01) == ["up to 5 min, more than 0.01 hours"]
+
+
+def test_looks_at_held_out_frames_take_their_time() -> None:
+    seconds = PIECES.seconds(replace(WORK, n_validations=3))
+    assert seconds["3 looks at held-out frames"] == 3 * 32 * 0.5 / 2
+    assert not any("held-out" in part for part in PIECES.seconds(WORK))
 
 
 @pytest.fixture

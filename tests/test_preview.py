@@ -40,7 +40,7 @@ def test_it_draws_the_samples_and_they_say_so(tiny_model: str, project: Path) ->
     config = config_with(tiny_model, name)
     LoRATrainer(config=config).train()
     [sample, *_] = validation.samples_of(project / "run", config.training, 1)
-    assert (read_metadata(sample.path) or {})["decoder"] == name
+    assert (read_metadata(sample.path) or {})["decoder"] == config.sampling.preview_decoder == "taesd"
     assert not validation.missing_samples(project / "run", config, 1)
     assert validation.missing_samples(project / "run", config_with(tiny_model, None), 1)
     assert validation.settings_of(config, "ellie", 1).decoder is None  # of the evaluation

@@ -86,6 +86,14 @@ def test_a_tracker_is_told_of_steps_samples_and_settings(
     ]
     assert fake.last.settings["training.max_train_steps"] == 3
     assert fake.last.named["name"] == "run" and fake.last.named["resume"] == "allow"
+    identity = fake.last.named["id"]
+    goes_on = LoRATrainer(
+        config=tiny_config(
+            tiny_model, training=TRAINING | {"trackers": ["wandb"], "max_train_steps": 4}
+        )
+    )
+    goes_on.train()
+    assert fake.last.named["id"] == identity, "it goes on there, too"
 
 
 def test_one_that_fails_is_said_and_the_run_goes_on(
@@ -130,4 +138,4 @@ def test_tensorboard_gets_scalars_and_pictures_in_the_runs_folder(tiny_model: st
 def test_each_tracker_gets_the_arguments_that_it_takes(tmp_path: Path) -> None:
     for name in ("tensorboard", "wandb", "mlflow", "trackio"):
         kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-        kind(**trackers._arguments(name, tmp_path, 0))
+        kind(**trackers._arguments(name, tmp_path, 0, "identity"))

@@ -256,6 +256,7 @@ def test_two_runs_are_shown_side_by_side_and_left_as_they_are(
     console.print(watch.screen_of([report.read_run(run) for run in runs], console))
     lines = console.export_text().splitlines()
     assert any("outputs/first" in row and "outputs/second" in row for row in lines)
+    assert any(row.count("state") == 2 and row.count("finished") == 2 for row in lines)
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")} == before
 
 
@@ -278,7 +279,7 @@ def test_a_folder_without_a_run_is_refused(project: Path, capsys: pytest.Capture
 
 def test_a_sparkline_falls_with_the_loss_in_any_encoding() -> None:
     assert watch.sparkline([3, 3, 2, 2, 1, 1], 3, "123") == "321"
-    assert watch.sparkline([float("nan"), 1.0], 9) == watch.BARS[0]
+    assert watch.sparkline([1.0, 1.0], 9) == 2 * watch.BARS[0]
     assert watch.sparkline([], 9) == ""
 
 

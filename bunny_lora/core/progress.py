@@ -41,8 +41,8 @@ def is_watched() -> bool:
     """Whether this is a notebook that a person has open, so that widgets live.
 
     Papermill, nbval and nbconvert ask a kernel through jupyter_client, which numbers its requests;
-    JupyterLab, VS Code and Colab name theirs at random. `BUNNY_LORA_PROGRESS=widgets` says that
-    somebody looks, `lines` that nobody does.
+    JupyterLab, VS Code and Colab name theirs at random. `BUNNY_LORA_PROGRESS=widgets` says somebody
+    looks, `lines` that nobody does.
     """
     wanted = os.environ.get("BUNNY_LORA_PROGRESS")
     if not in_notebook() or wanted in ("lines", "widgets"):

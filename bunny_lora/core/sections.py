@@ -111,9 +111,10 @@ class TrainingSection(Section):
     """How likely a whole caption is left out: guidance starts from what an empty prompt gives."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
-    fast_path: Literal["auto", "on", "off"] = "off"
-    """Native attention on a CPU, the same to rounding. auto: where a trial on this machine finds it
-    faster than torch's, which a run that goes on keeps; on: everywhere; off: torch's own."""
+    fast_path: Literal["auto", "on", "off"] = "auto"
+    """On a CPU, the same to rounding. auto: native attention where a trial on this machine finds it
+    faster than torch's, and in bf16 LoRA without casts to float32, which a run that goes on keeps; on:
+    both everywhere; off: as diffusers and PEFT compute."""
     snr_gamma: float | None = Field(None, gt=0)
     """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
     seed: int = Field(42, ge=0)

@@ -36,6 +36,7 @@ REQUIRED = (*CONFIGS, "tokenizer/*.json")
 # in parts.
 NAMES = ("config.json", "*processor_config.json", "token*.json", "special_tokens_map.json")
 TEXTS = (*NAMES, "vocab.*", "merges.txt", "spiece.model", "sentencepiece.bpe.model")
+DECODER = ("config.json", "diffusion_pytorch_model.safetensors")
 PARTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
@@ -116,6 +117,26 @@ def local_encoder(name: str) -> Path:
         if _has_weights(found):
             return found
     return download_encoder(name)
+
+
+def local_decoder(name: str) -> Path:
+    """Return the folder of a hub's single autoencoder, downloaded if it is not in the cache.
+
+    Args:
+        name: as `local` takes it.
+
+    Raises:
+        BunnyLoraError: it is not in the cache and cannot be had; the message says why.
+    """
+    repo, revision = split_revision(name)
+    with contextlib.suppress(EntryNotFoundError, HFValidationError):
+        found = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=DECODER, local_files_only=True)
+        )
+        if all((found / file).is_file() for file in DECODER):
+            return found
+    with _explaining(name):
+        return _snapshot(name, DECODER, progress)
 
 
 def download_encoder(name: str) -> Path:

@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderTiny
 
 from bunny_lora.core import paths
-from bunny_lora.core.values import split_revision
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import hub
 from bunny_lora.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -34,12 +34,10 @@ def load_decoder(name: str, dtype: torch.dtype, device: torch.device) -> Autoenc
         BunnyLoraError: there is none of that name here or on the hub, or it is for other latents.
     """
     folder = paths.resolve(name)
-    place, revision = (str(folder), None) if folder.is_dir() else split_revision(name)
     try:
-        decoder = AutoencoderTiny.from_pretrained(
-            place, revision=revision, torch_dtype=dtype, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        folder = folder if folder.is_dir() else hub.local_decoder(name)
+        decoder = AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, BunnyLoraError) as error:
         raise BunnyLoraError(
             f"sampling.preview_decoder: {name} could not be loaded as a decoder of TAESD's kind:"
             f" {str(error).strip().splitlines()[0][:200]} Name a folder or a hub repository in"

@@ -16,7 +16,7 @@ from bunny_lora.report.comparison import (
     score_rows,
     settings_rows,
 )
-from bunny_lora.report.measures import axis
+from bunny_lora.report.measures import columns
 from bunny_lora.report.page_pictures import picture_of
 from bunny_lora.report.web import Picture, Strip, ends_of, write_page
 
@@ -50,15 +50,11 @@ def _content(found: Comparison, title: str) -> dict[str, Any]:
 def _board(found: Comparison) -> dict[str, Any]:
     """Return the axes, a column each with one scale for all runs, without those that no run has."""
     every = found.measures
-    columns = {word: [axis(of_run, word) for of_run in every] for word in AXES}
-    columns = {word: values for word, values in columns.items() if any(values)}
-    ends = {
-        word: ends_of([measure and measure.final for measure in values], (0.0, 1.0))
-        for word, values in columns.items()
-    }
-    heads = {word: next(m for m in values if m) for word, values in columns.items()}
-    rows = [[values[place] for values in columns.values()] for place in range(len(found.runs))]
-    return {"heads": heads, "ends": list(ends.values()), "rows": rows}
+    shown = {name: values for word in AXES for name, values in columns(every, word).items()}
+    ends = [ends_of([m.final if m else None for m in values], (0.0, 1.0)) for values in shown.values()]
+    heads = {name: next(m for m in values if m) for name, values in shown.items()}
+    rows = [[values[place] for values in shown.values()] for place in range(len(found.runs))]
+    return {"heads": heads, "ends": ends, "rows": rows}
 
 
 def _differences(found: Comparison) -> dict[str, list[Any]]:

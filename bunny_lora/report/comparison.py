@@ -13,7 +13,7 @@ from bunny_lora.core import paths
 from bunny_lora.core.eval_result import ImageScores, Interval
 from bunny_lora.report.choices import mark
 from bunny_lora.report.grids import picture_grid
-from bunny_lora.report.measures import Measure, axis, measures
+from bunny_lora.report.measures import Measure, columns, measures
 from bunny_lora.report.plot import BLUE, SMALL_PT, Plot, clean, cut
 from bunny_lora.report.runs import Run
 from bunny_lora.report.scores import span
@@ -52,10 +52,19 @@ class Comparison:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Return what runs are called: their folders' names, or paths where two have the same."""
+    """Return what runs are called: their folders' names, or what of their paths is not the same."""
     names = [folder.name for folder in folders]
-    alike = len(set(names)) < len(names)
-    return [paths.relative(folder) for folder in folders] if alike else names
+    if len(set(names)) == len(names):
+        return names
+    parts = [paths.relative(folder).split("/") for folder in folders]
+    first, last = (_n_alike(way) for way in (parts, [p[::-1] for p in parts]))
+    return ["/".join(part[first : len(part) - last]) or "/".join(part) for part in parts]
+
+
+def _n_alike(ways: list[list[str]]) -> int:
+    """Return how many first parts are the same in all."""
+    alike = [len(set(step)) == 1 for step in zip(*ways, strict=False)]
+    return alike.index(False) if False in alike else len(alike)
 
 
 def settings_rows(found: Comparison) -> dict[str, list[str]]:
@@ -125,7 +134,7 @@ def same_pictures(
             elif image.model == "final":
                 columns[-1][key] = (run, image)
     places: dict[tuple[str, str], int] = {}
-    ranked = []
+    ranked: list[tuple[int, int, int, int, Key]] = []
     for key in dict.fromkeys(key for column in columns for key in column):
         nth = places[key[:2]] = places.get(key[:2], -1) + 1
         image = next(column[key][1] for column in columns if key in column)
@@ -165,16 +174,15 @@ def _line(name: str, cells: Sequence[str], wide: int) -> str:
 def comparison_chart(found: Comparison) -> Figure:
     """Show identity, what was asked for, drift and fidelity of each run, with intervals."""
     every = found.measures
-    panels = {word: [axis(of_run, word) for of_run in every] for word in AXES}
-    panels = {word: values for word, values in panels.items() if any(values)}
+    panels = {name: values for word in AXES for name, values in columns(every, word).items()}
     if not panels:
         return Plot(0.7, "Nothing to compare: none of these runs was evaluated")
     height = ROW_IN * len(found.runs) + 0.1
     figure = Plot(height + 1.6, "Runs compared, with 95 % intervals", found.order)
-    for place, values in enumerate(panels.values()):
-        axes = figure.panel(2.4 + 1.9 * place, 1.1, 1.65, height)
-        named = next(measure.name for measure in values if measure)
-        clean(axes, cut(named, 26), grid="x")
+    step = 7.6 / max(4, len(panels))
+    for place, (named, values) in enumerate(panels.items()):
+        axes = figure.panel(2.4 + step * place, 1.1, step - 0.25, height)
+        clean(axes, cut(named, round(14 * step)), grid="x")
         axes.title.set_fontsize(SMALL_PT)
         axes.set_ylim(len(values) - 0.5, -0.5)
         labels = [cut(name, 28) for name in found.names] if not place else []

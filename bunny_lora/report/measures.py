@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bunny_lora.core.eval_result import EvalResult, Interval
@@ -44,6 +44,18 @@ def measures(result: EvalResult) -> list[Measure]:
 def axis(found: list[Measure], word: str) -> Measure | None:
     """Return the first measure of an axis, "identity" or "as asked"; None where nothing tells it."""
     return next((measure for measure in found if measure.name.startswith(word)), None)
+
+
+def columns(every: Sequence[Sequence[Measure]], word: str) -> dict[str, list[Measure | None]]:
+    """Return an axis of several runs, a value a run: what different judges tell stands apart.
+
+    By name: the first measure of that axis that all have who have any; else the first of each.
+    """
+    known = [{m.name: m for m in of_run if m.name.startswith(word)} for of_run in every]
+    told = [names for names in known if names]
+    shared = [name for name in (told[0] if told else {}) if all(name in names for names in told)]
+    names = shared[:1] or list(dict.fromkeys(next(iter(names)) for names in told))
+    return {name: [of_run.get(name) for of_run in known] for name in names}
 
 
 def _by_traits(result: EvalResult) -> Iterator[Measure]:

@@ -86,7 +86,7 @@ def _losses(axes: Axes, state: RunState) -> None:
             ls="-" if number < len(LINES) else "--",
             lw=1.5,
             marker="s",
-            ms=4,
+            ms=max(3, 7 - number),  # The lower ones stay visible below.
             label=f"held out: {cut(name, 14)}",
         )
     axes.set_xlabel(f"optimiser step ({state.steps[-1]['n_images']} images each)", size=LABEL_PT)

@@ -99,7 +99,7 @@ def run_summary(setup: Setup, trial: Trial, n_steps: int) -> str:
         "base model": config.base_model + (RANDOM if config.base_model in RANDOM_MODELS else ""),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}",
         "trainable": f"UNet {counts['unet']}; text encoder {counts['text_encoder']}",
-        "attention": setup.fast_path + _why(setup),
+        "fast path": setup.fast_path + _why(setup),
         "learning rate": optim.describe_schedule(training),
         "images": f"{len(setup.learner.images.captions)} at {config.resolution} px",
         "steps": f"{n_steps} of {per_step} images, checkpoint every {training.save_steps}",

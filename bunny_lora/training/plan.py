@@ -11,6 +11,7 @@ from bunny_lora.config import Config
 from bunny_lora.data.shots import near_duplicates
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.training import banner, validation
+from bunny_lora.training.held_out_loss import N_VALIDATION
 
 LEAST_DOUBT = 0.1
 """Share of a time that it may be off by, however alike the trials were: a machine does other things."""
@@ -27,6 +28,7 @@ class Work:
     n_milestones: int
     n_pictures: int
     n_denoising_steps: int
+    n_validations: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,13 @@ class Pieces:
             "to begin": self.load + work.n_views * self.encode + work.n_captions * self.caption,
             f"{work.n_updates} updates": work.n_micro_batches * statistics.mean(self.micro_batch),
             f"{work.n_pictures} pictures": work.n_pictures * picture,
-        }
+        } | self._validations(work)
+
+    def _validations(self, work: Work) -> dict[str, float]:
+        """A held-out frame goes forwards once, where a denoising step takes two samples there."""
+        each = N_VALIDATION * self.denoise / 2
+        done = work.n_validations
+        return {f"{done} looks at held-out frames": done * each} if done else {}
 
     @property
     def doubt(self) -> float:
@@ -146,6 +154,7 @@ def count_work(config: Config, images: ImageDataset, n_views: int, n_done: int =
         n_milestones=milestones,
         n_pictures=n_class + n_samples,
         n_denoising_steps=config.sampling.num_inference_steps,
+        n_validations=milestones + (n_done == 0) if config.held_out else 0,
     )
 
 

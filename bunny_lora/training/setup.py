@@ -18,7 +18,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, preview, prompts, targets
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import allocator, attention, choice
+from bunny_lora.model.fast import allocator, choice
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import read_split
@@ -64,9 +64,9 @@ class Setup:
         for part in self.state.models:
             getattr(self.parts, part).train(training)
         if training:
-            attention.install(self.parts.unet, choice.read(self.fast_path))
+            choice.install(self.parts.unet, choice.read(self.fast_path))
         else:
-            attention.remove(self.parts.unet)
+            choice.remove(self.parts.unet)
 
 
 def set_up(
@@ -174,11 +174,12 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
 
 def _fast_path_here(chosen: str, parts: Components) -> str:
     """The main process chooses; another one's computer may have no compiler."""
-    reason = choice.why_not(parts.device, parts.dtype) if choice.read(chosen) else None
+    path = choice.read(chosen)
+    reason = choice.why_not(parts.device, parts.dtype) if path.shapes else None
     if reason is None:
         return chosen
     print(f"Warning: this process computes attention as torch does, not natively: {reason}")
-    return choice.PLAIN
+    return choice.write(path._replace(shapes=[]))
 
 
 def _say(doubts: list[str]) -> None:

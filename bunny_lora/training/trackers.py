@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from accelerate import PartialState, tracking
 from PIL import Image
 
 from bunny_lora.config import Config
-from bunny_lora.core import paths
+from bunny_lora.core import files, paths
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.training.fingerprint import flat
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bunny_lora.training.loop import StepRecord
 
 PROJECT = "bunny_lora"
+IDENTITY = "trackers.json"
 
 
 def check(names: Sequence[str]) -> None:
@@ -57,7 +59,7 @@ class Trackers:
 
     def _start(self, name: str, config: Config, step: int) -> None:
         kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(**_arguments(name, config.run_dir, step))
+        tracker = kind(**_arguments(name, config.run_dir, step, _identity(config.run_dir, step)))
         tracker.start()
         tracker.store_init_configuration(_settings(config))
         self.open[name] = tracker
@@ -103,19 +105,29 @@ class Trackers:
             print(f"Warning: {name} fails and is told no more of this run: {reason}")
 
 
-def _arguments(name: str, run_dir: Path, step: int) -> dict[str, Any]:
+def _identity(run_dir: Path, step: int) -> str:
+    """Return what a run is known by among those whose folders are called alike: kept as it goes on."""
+    path = run_dir / IDENTITY
+    if step and files.is_file(path):
+        return str(files.read_json(path)["id"])
+    identity = uuid.uuid4().hex[:8]
+    files.write_json(path, {"id": identity})
+    return identity
+
+
+def _arguments(name: str, run_dir: Path, step: int, identity: str) -> dict[str, Any]:
     """Return what names the run to a tracker: each time the same, so that one that goes on does so."""
     run_name = paths.relative(run_dir).replace("/", "-")
     match name:
         case "tensorboard":  # Steps that are done again replace those from before.
             return {"run_name": "tensorboard", "logging_dir": str(run_dir), "purge_step": step + 1}
         case "wandb":
-            about = {"name": run_name, "id": run_name, "resume": "allow", "dir": str(run_dir)}
+            about = {"name": run_name, "id": identity, "resume": "allow", "dir": str(run_dir)}
             return {"run_name": PROJECT} | about
         case "mlflow":
             return {"experiment_name": PROJECT, "run_name": run_name}
         case _:
-            return {"run_name": PROJECT, "name": run_name, "resume": "allow"}
+            return {"run_name": PROJECT, "name": f"{run_name}-{identity}", "resume": "allow"}
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which attention the native kernel computes: what it is faster at, by trial on this machine."""
+"""What training computes on a fast path: attention by trial on this machine, and LoRA."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model.fast import native
+from bunny_lora.model.fast import attention as fast_attention
+from bunny_lora.model.fast import lora, native
 from bunny_lora.model.fast.attention import Shape, attention
 
 PLAIN = "plain"
 NATIVE = "native attention "
+LORA = "LoRA without casts"
+AND = "; "
 WORTH_IT = 1.1
 """How many times as fast it has to be; less is within what a trial on a busy machine is off by."""
 N_WORDS = 77
 N_TRIALS = 5
 # Tokens and heads of a trial: enough for both sides to show what they are, in well under a second.
 MAX_TOKENS, MAX_HEADS = 1024, 8
+
+
+class FastPath(NamedTuple):
+    """What is computed another way than diffusers and PEFT do."""
+
+    shapes: list[Shape]
+    lora: bool
 
 
 def shapes_of(base_model: Path, resolution: int) -> list[Shape]:
@@ -83,10 +93,11 @@ def _seconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) 
 def choose(
     setting: str, base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Return what of a UNet the native kernel computes, as a run records it; `read` understands it.
+    """Return what of a UNet is computed on a fast path, as a run records it; `read` understands it.
 
     Args:
-        setting: training.fast_path; `auto` takes what is faster by trial, `on` all, `off` nothing.
+        setting: training.fast_path; `auto` takes the attention that is faster by trial, and LoRA
+            without casts where there would be casts, on a CPU in bfloat16; `on` all, `off` nothing.
         base_model: the folder of the base model.
         resolution: pixels a side.
         device: where the UNet is.
@@ -103,17 +114,40 @@ def choose(
                 f"training.fast_path: on, but the native attention is not to be had: {reason}. Choose"
                 " auto or off."
             )
-        return PLAIN
-    shapes = shapes_of(base_model, resolution)
+        shapes = []
+    else:
+        shapes = shapes_of(base_model, resolution)
     if setting == "auto":
         shapes = [shape for shape in shapes if speed_up(shape, dtype) >= WORTH_IT]
-    return NATIVE + ", ".join(map(str, shapes)) if shapes else PLAIN
+    casts = device.type == "cpu" and dtype == torch.bfloat16
+    return write(FastPath(shapes, casts or setting == "on"))
 
 
-def read(chosen: str) -> list[Shape]:
-    """Return the shapes that `choose` has named."""
-    texts = chosen.removeprefix(NATIVE).split(", ") if chosen.startswith(NATIVE) else []
-    return [Shape(*map(int, text.split("x"))) for text in texts]
+def write(path: FastPath) -> str:
+    """Return a fast path as a run records it."""
+    native_part = [NATIVE + ", ".join(map(str, path.shapes))] if path.shapes else []
+    return AND.join([*native_part, *([LORA] if path.lora else [])]) or PLAIN
+
+
+def read(chosen: str) -> FastPath:
+    """Return what `write` has named."""
+    parts = chosen.split(AND)
+    texts = parts[0].removeprefix(NATIVE).split(", ") if chosen.startswith(NATIVE) else []
+    return FastPath([Shape(*map(int, text.split("x"))) for text in texts], LORA in parts)
+
+
+def install(unet: torch.nn.Module, path: FastPath) -> None:
+    """Have a UNet compute on a fast path, until `remove`; nobody else than training should see it."""
+    remove(unet)
+    fast_attention.install(unet, path.shapes)
+    if path.lora:
+        lora.install(unet)
+
+
+def remove(unet: torch.nn.Module) -> None:
+    """Have a UNet compute as diffusers and PEFT do."""
+    fast_attention.remove(unet)
+    lora.remove(unet)
 
 
 def explain(base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype) -> str:
