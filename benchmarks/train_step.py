@@ -21,7 +21,7 @@ from pathlib import Path
 import measuring
 import torch
 from rivals import SEED, Ancestor, DiffusersScript
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from bunny_lora.config import validate
 from bunny_lora.dataset import ImageDataset
@@ -112,6 +112,11 @@ def peak_flops(dtype: torch.dtype, side: int) -> float:
 
 def count_flops(trainer: LoRATrainer) -> int:
     """Return the operations of products, convolutions and attention in one picture."""
+    choice.remove(trainer.setup.parts.unet)  # The native attention cannot be looked into.
+    for way in ("", "_backward"):
+        kernel = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}")
+        known = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")
+        register_flop_formula(kernel, get_raw=True)(flop_registry[known])
     with FlopCounterMode(display=False) as counter:
         trainer.setup.learner.loss(0).backward()
     trainer.setup.state.optimizer.zero_grad()

@@ -13,6 +13,7 @@ import html
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 from IPython.display import display
@@ -24,8 +25,8 @@ from bunny_lora.errors import BunnyLoraError
 from bunny_lora.report.run_state import RunState
 from bunny_lora.trainer import LoRATrainer
 
-EVERY_SEC = 2.0
-SHARE = 0.05  # of the time at most goes into drawing the view
+EVERY_SEC, SELDOM_SEC = 2.0, 15.0  # between two drawings of the view
+SHARE = 0.05  # of the time may go into drawing, where that is not too seldom
 N_TURNS = 10  # of the kernel's loop until a message that has come is dealt with
 
 BUTTONS: dict[requests.Kind, tuple[str, str]] = {
@@ -45,7 +46,8 @@ class RunView:
         row = widgets.HBox(list(self.buttons.values()), layout={"flex_flow": "row wrap"})
         layout = {"width": width, "min_width": "360px"}
         self.box = widgets.VBox([row, self.said, self.table, self.figure], layout=layout)
-        self.due, self.seen = 0.0, None
+        self.due = 0.0
+        self.seen: tuple[Any, ...] | None = None
 
     def _button(self, kind: requests.Kind) -> widgets.Button:
         label, meaning = BUTTONS[kind]
@@ -73,7 +75,7 @@ class RunView:
         except Exception as error:  # Training is not to end with its view, nor the view in silence.
             self._say(f"The view has failed: {type(error).__name__}: {error}")
         spent = time.monotonic() - started
-        self.due = time.monotonic() + max(EVERY_SEC, spent / SHARE)
+        self.due = time.monotonic() + min(SELDOM_SEC, max(EVERY_SEC, spent / SHARE))
 
     def refresh(self) -> None:
         """Read the run's files and draw again, if they have changed."""
@@ -91,7 +93,7 @@ class RunView:
             self._say("")
         self.seen = known
         self.table.value = as_table(state)
-        self.figure.value = as_image(state)
+        self.figure.value = as_image(state) if state.steps else ""
 
     def _say(self, text: str) -> None:
         self.said.value = f"<i>{html.escape(text)}</i>"

@@ -88,10 +88,10 @@ def _panel(state: RunState, width: int, *, plain: bool) -> Panel:
     curve = sparkline(
         smoothed(losses, max(1, len(losses) // 10)), width - 4, PLAIN_BARS if plain else BARS
     )
-    # In a cell: a bar has no end of line of its own.
-    rows = [Columns([bar]), table, Text(curve, style="blue")]
+    # A bar has no end of line of its own: hence the columns.
+    rows = Group(Columns([bar]), table, Text(curve, style="blue"))
     colour = COLOURS[state.status.state]
-    return Panel(Group(*rows), title=Text(state.name), border_style=colour, width=width)
+    return Panel(rows, title=Text(state.name), border_style=colour, width=width)
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:

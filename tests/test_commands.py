@@ -178,7 +178,8 @@ def test_a_command_of_the_documents_does_what_it_says(command: str, reader: Path
 
 @pytest.mark.parametrize("example", every(examples))
 def test_an_example_in_python_runs(example: str, reader: Path) -> None:
-    shutil.rmtree(reader / "outputs")
+    if "LoRATrainer" in example:  # The others read the run that is there.
+        shutil.rmtree(reader / "outputs")
     if '"config.yaml"' in example:
         section = (reader / "params" / "cpu.yaml").read_text()
         (reader / "config.yaml").write_text("pipeline:\n  stages: [finetuning]\n" + section)

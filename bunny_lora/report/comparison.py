@@ -200,7 +200,7 @@ def comparison_grid(found: Comparison) -> Figure:
     names = [BASE, *(cut(name, 16) for name in found.names[:N_PICTURED])]
     cells = [[_path(one) for one in row] for row in rows.values()]
     titles = ("The same prompts and seeds, run by run", _pictured(found))
-    return picture_grid(titles, [key[1] for key in rows], [("", names)], cells)
+    return picture_grid(titles, [key[1] or "the empty prompt" for key in rows], [("", names)], cells)
 
 
 def _pictured(found: Comparison) -> str:

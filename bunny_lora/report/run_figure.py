@@ -42,14 +42,14 @@ CHARTS_IN = 3.75  # where the pictures begin
 
 def run_figure(state: RunState) -> Plot:
     """Show how a run stands: what has no record yet says so in its place."""
-    has_pictures = bool(state.samples)
-    height = CHARTS_IN + (CELL_IN + 0.75 if has_pictures else 0.1)
+    has_pictures = bool(state.samples and state.steps)
+    height = CHARTS_IN + (CELL_IN + 0.75 if has_pictures else 0.1) if state.steps else 1.5
     left = f", {duration(state.seconds_left)} left" if state.seconds_left is not None else ""
     of = f" of {state.n_steps}" if state.n_steps else ""
     title = f"{cut(state.name, 60)}: step {state.step}{of}{left}"
     figure = Plot(height, title, cut(" ".join(how(state).split()), 120))
     if not state.steps:
-        figure.label(0.75, 1.2, "No step is finished yet.", size=LABEL_PT, color=GREY)
+        figure.label(0.12, 0.8, "No step is finished yet.", size=LABEL_PT, color=GREY)
     else:
         _losses(clean(figure.panel(0.75, 0.95, 5.5, 2.3), grid="y"), state)
         _learning_rate(clean(figure.panel(7.35, 0.95, 2.45, 0.75), "Learning rate"), state)

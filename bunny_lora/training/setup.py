@@ -101,8 +101,7 @@ def set_up(
     if group.count > 1:
         state = setup.state
         checkpoint.restore(state, group.broadcast_from_main(lambda: checkpoint.snapshot(state)))
-    known = {"base_sha256": base_sha256, "class_sha256": class_sha256}
-    return replace(setup, **known, held_out=tuple(held_out))
+    return replace(setup, base_sha256=base_sha256, class_sha256=class_sha256, held_out=tuple(held_out))
 
 
 def load_parts(config: Config) -> Components:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ class Trackers:
             )  # Accelerate's trackers ask it who is the main process.
         self.open: dict[str, Any] = {}
         for name in names:
-            self._guarded(name, lambda name=name: self._start(name, config, step))
+            self._guarded(name, partial(self._start, name, config, step))
 
     def _start(self, name: str, config: Config, step: int) -> None:
         kind = tracking.LOGGER_TYPE_TO_CLASS[name]
@@ -94,7 +95,7 @@ class Trackers:
 
     def _tell(self, what: Callable[[Any], None]) -> None:
         for name, tracker in list(self.open.items()):
-            self._guarded(name, lambda tracker=tracker: what(tracker))
+            self._guarded(name, partial(what, tracker))
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:

@@ -44,6 +44,9 @@ FAILED = f"""() => ({CELLS})().cells.some(
     cell => cell.outputs.some(output => output.output_type === 'error')
 )"""
 
+# What has been scrolled to is drawn in the frame after the next.
+PAINTED = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = CELLS_MS / 1000) -> Any:
     """Return what `condition` returns as soon as it is true.
@@ -178,6 +181,7 @@ class Notebook:
     def screenshot(self, name: str, *, whole: bool = False) -> None:
         """Keep what the page looks like, for people."""
         self.screenshots.mkdir(parents=True, exist_ok=True)
+        self.page.evaluate(PAINTED)
         self.page.screenshot(path=self.screenshots / f"{name}.png", full_page=whole)
 
     def show(self, found: Locator) -> Locator:

@@ -84,7 +84,7 @@ def test_a_stop_button_leaves_a_checkpoint_and_one_message(
     if button == "the toolbar's":
         notebook.stop()
     else:
-        notebook.show(notebook.page.get_by_alt_text(re.compile("working")))
+        notebook.show(notebook.page.get_by_alt_text(re.compile(r"working.*step\s+[1-9]")))
         notebook.screenshot("02_live")
         notebook.page.get_by_role("button", name=button).click()
     wait_for(lambda: red_boxes(notebook), "what the cell has to say")
