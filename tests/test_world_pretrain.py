@@ -1,32 +1,20 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model.components import WORLD_WEIGHTS
-from bunny_lora.world.attributes import (
-    FURS,
-    HERO_MARKS,
-    HEROES,
-    NEW_NAMES,
-    REGULARS,
-    SPECIES,
-    Picture,
-    random_picture,
-)
+from bunny_lora.world.attributes import FURS, HEROES, REGULARS, SPECIES, random_picture
 from bunny_lora.world.captions import vocabulary
-from bunny_lora.world.cast import N_MEMBERS, cast, lesson_picture
 from bunny_lora.world.pretraining.data import as_rows, drawn_pictures
 from bunny_lora.world.pretraining.latents import encoded_pictures
-from bunny_lora.world.pretraining.learner import TrainState, learning_rate, load_weights
-from bunny_lora.world.pretraining.sd import build_models, pretrain_sd, training_caption
+from bunny_lora.world.pretraining.learner import TrainState, learning_rate
+from bunny_lora.world.pretraining.sd import pretrain_sd, training_caption
 from bunny_lora.world.pretraining.tokenizer import save_tokenizer
 from bunny_lora.world.pretraining.vae import channels_exchanged, crops, pretrain_vae
 
@@ -209,68 +197,24 @@ def test_every_word_is_one_token_and_new_words_still_tokenize(tmp_path):
     assert tokenizer.decode(strange.input_ids, skip_special_tokens=True) == "zaphod émigré 4 2"
 
 
-def alone(known: bool) -> Picture:
-    """A picture of one, named, who is of the cast or a passer-by."""
-    streams = (lesson_picture(0, i) for i in range(known, 400, 2))
-    return next(p for p in streams if [bool(c.name) for c in p.characters] == [True])
-
-
-def test_training_captions_drop_out_and_say_eyes() -> None:
-    picture = alone(known=True)
-    member = picture.characters[0]
-    assert cast()[member.name] == member.traits
+def test_training_captions_drop_out_and_call_people_names():
+    picture = next(
+        p
+        for p in (random_picture(0, i) for i in range(99))
+        if [bool(c.name) for c in p.characters] == [True]
+    )
+    traits = picture.characters[0].traits
     texts = [training_caption(picture, 0, step, 0) for step in range(600)]
     assert texts[3] == training_caption(picture, 0, 3, 0)
     said = [text for text in texts if text]
     assert 0.05 < 1 - len(said) / len(texts) < 0.15
-    assert {text.split(", ")[0] for text in said} == {member.name}, "who it always is"
-    eyes = sum(f"{member.traits.eyes} eyes" in text for text in said) / len(said)
-    assert 0.35 < eyes < 0.6, "told most often, where looks are told at all"
-    untold = [text for text in said if member.traits.species not in " ".join(text.split()[:9])]
-    assert 0.1 < len(untold) / len(said) < 0.7, "a member's looks may go unsaid"
-
-
-def test_training_captions_call_passers_by_nothing_or_names_of_nobody() -> None:
-    picture = alone(known=False)
-    said = [text for step in range(600) if (text := training_caption(picture, 0, step, 0))]
-    firsts = [text.split(", ")[0] for text in said]
-    made_up = {name for name in firsts if " " not in name and name.isalpha() and name != "cartoon"}
-    assert len(made_up) > 20, "names made up on the spot"
-    assert not made_up & (set(HEROES) | set(cast())), "which mean nobody"
-    assert not [text for text in said if picture.characters[0].name in text.split(", ")[0].split()]
-
-
-def test_the_cast_has_one_look_a_name_and_no_hero() -> None:
-    members = cast()
-    assert len(members) == N_MEMBERS and not set(members) & (set(HEROES) | set(NEW_NAMES))
-    for look, name in REGULARS.items():
-        assert (members[name].species, members[name].fur) == look
-    for traits in members.values():
-        assert traits.ear == "plain" and traits.fur in FURS
-        assert traits.mark == "none" or HERO_MARKS.get(traits.species) != traits.mark
-    shown = [c for i in range(1, 400, 2) for c in lesson_picture(0, i).characters]
-    assert all(members[c.name] == c.traits for c in shown)
-    assert lesson_picture(0, 8) == random_picture(0, 4)
-
-
-def test_attention_that_is_new_adds_nothing_at_first(tmp_path: Path) -> None:
-    models = build_models(WORLD_WEIGHTS / "clip", 8, (32, 32, 32), 0)
-    old = models["unet"].config | {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    }
-    smaller = UNet2DConditionModel.from_config(old)
-    smaller.save_pretrained(tmp_path)
-    load_weights(models["unet"], tmp_path)
-    inputs = (
-        torch.randn(1, 4, 8, 8),
-        torch.tensor([500]),
-        torch.randn(1, 3, old["cross_attention_dim"]),
-    )
-    assert torch.equal(models["unet"](*inputs).sample, smaller(*inputs).sample)
-    other = UNet2DConditionModel.from_config(old | {"block_out_channels": (32, 32, 64)})
-    other.save_pretrained(tmp_path)
-    with pytest.raises(BunnyLoraError, match="another shape"):
-        load_weights(models["unet"], tmp_path)
+    names = [text.split(", ")[0] for text in said]
+    regular = REGULARS[traits.species, traits.fur]
+    assert 0.8 < names.count(regular) / len(said) < 0.9, "most often, who it always is"
+    assert len(set(names)) > 60, "names made up on the spot"
+    assert not set(names) & set(HEROES), "a LoRA has to bring them to life"
+    untold = [text for name, text in zip(names, said, strict=True) if f"{traits.fur} " not in text]
+    assert 0.2 < len(untold) / len(said) < 0.5, "the regular's looks may go unsaid"
 
 
 def test_each_look_has_one_regular_and_no_hero_is_one():

@@ -9,7 +9,7 @@ model that looks at a frame, most of what makes them themselves goes unsaid.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -116,8 +116,8 @@ _FRAME_WORDS = "and a an is are eyes on the chest of in at animated characters s
 class _Teller:
     """Says things about one picture with the luck of one generator."""
 
-    def __init__(self, rng: np.random.Generator, eyes: float = 0.35) -> None:
-        self.rng, self.eyes = rng, eyes
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
 
     def say(self, table: Table, key: str) -> str:
         return pick(self.rng, table[key])
@@ -132,7 +132,7 @@ class _Teller:
         if self.chance(0.5 if hero else 0.96):
             words.append(self.say(_FUR, traits.fur))
         words.append(self.say(_SPECIES, traits.species))
-        eyes = not brief and self.chance(0.1 if hero else self.eyes)
+        eyes = not brief and self.chance(0.1 if hero else 0.35)
         if eyes:
             words.append(f"with {traits.eyes} eyes")
         if traits.outfit != "none" and self.chance(0.5 if hero else 0.9):
@@ -201,19 +201,12 @@ def _deeds(teller: _Teller, character: Character, camera: str) -> list[tuple[flo
     return extras
 
 
-def caption(
-    picture: Picture, seed: int, *, eyes: float = 0.35, known: Collection[str] | None = None
-) -> str:
+def caption(picture: Picture, seed: int) -> str:
     """Return a caption of at most `MAX_WORDS` words and commas, all from `vocabulary()`.
 
-    The same arguments give the same words. A picture without characters is called a scene.
-
-    Args:
-        eyes: how often those who are no heroes have their eyes' colour told.
-        known: names that tell a look, so that the rest may go unsaid; None: each of `REGULARS`, on its
-            own species and fur.
+    The same picture and seed give the same words. A picture without characters is called a scene.
     """
-    teller = _Teller(generator(seed, "caption", picture.scene.seed), eyes)
+    teller = _Teller(generator(seed, "caption", picture.scene.seed))
     extras = _surroundings(teller, picture)
     if not picture.characters:
         return _fit(["animated scene"], extras, teller.rng.permutation(len(extras)))
@@ -223,9 +216,8 @@ def caption(
     head = [character.name] if character.name else []
     if teller.chance(0.8 if head else 0.4):
         head.append(pick(teller.rng, _KINDS))
-    if known is None:
-        known = (REGULARS.get((character.traits.species, character.traits.fur), ""),)
-    if character.name not in known or teller.chance(0.65):
+    regular = REGULARS.get((character.traits.species, character.traits.fur), "")
+    if regular != character.name or teller.chance(0.65):
         head.append(teller.looks(character, brief=False))
     extras = _deeds(teller, character, picture.scene.camera) + extras
     return _fit(head, extras, teller.rng.permutation(len(extras)))

@@ -20,8 +20,6 @@ from bunny_lora.world.renderer import render
 N_PICTURES = 60_000
 _BLOCK = 50
 _SAVE_EVERY = 20
-Stream = Callable[[int, int], Picture]
-"""The picture at a seed and an index."""
 
 
 def made_or_shipped(out_dir: Path, name: str) -> Path:
@@ -49,13 +47,13 @@ def as_rows(picture: Picture, size: int) -> np.ndarray:
 
 
 class _Renders(Dataset[np.ndarray]):
-    """Picture `index` of a stream, as `as_rows` gives it."""
+    """Picture `index` of the random stream, as `as_rows` gives it."""
 
-    def __init__(self, stream: Stream, seed: int, size: int) -> None:
-        self.stream, self.seed, self.size = stream, seed, size
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return as_rows(self.stream(self.seed, index), self.size)
+        return as_rows(random_picture(self.seed, index), self.size)
 
 
 def filled_rows(
@@ -96,23 +94,21 @@ def drawn_pictures(
     seed: int = 0,
     n_workers: int = 0,
     report: Callable[[str], None] = print,
-    stream: Stream = random_picture,
-    name: str = "pictures",
 ) -> np.ndarray:
-    """Return a stream, by default the random one, as uint8 [n_pictures, 4, size, size], see `as_rows`.
+    """Return the random stream as uint8 [n_pictures, 4, size, size], see `as_rows`.
 
-    The pictures lie memory-mapped in `out_dir/<name>.npy`, shared by all models that learn from the
-    stream; what is missing there is drawn. Row i is picture i.
+    The pictures lie memory-mapped in `out_dir/pictures.npy`, shared by all models; what is missing
+    there is drawn. Row i is picture i.
     """
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 
     def blocks(first: int) -> Iterable[np.ndarray]:
         rest = range(first, n_pictures)
-        loader = DataLoader(_Renders(stream, seed, size), _BLOCK, sampler=rest, num_workers=n_workers)
+        loader = DataLoader(_Renders(seed, size), _BLOCK, sampler=rest, num_workers=n_workers)
         return (block.numpy() for block in loader)
 
     shape = (n_pictures, 4, size, size)
-    return filled_rows(Path(out_dir) / f"{name}.npy", {"seed": seed}, shape, np.uint8, blocks, report)
+    return filled_rows(Path(out_dir) / "pictures.npy", {"seed": seed}, shape, np.uint8, blocks, report)
 
 
 def to_unit(images: torch.Tensor, device: str = "cpu") -> torch.Tensor:

@@ -21,11 +21,10 @@ def encoded_pictures(
     device: str = "cpu",
     batch_size: int = 25,
     report: Callable[[str], None] = print,
-    name: str = "latents",
 ) -> np.ndarray:
     """Return `drawn_pictures` as scaled latents, float16 [n_pictures, 4, side, side].
 
-    They lie memory-mapped in `out_dir/<name>.npy`; what is missing there is encoded.
+    They lie memory-mapped in `out_dir/latents.npy`; what is missing there is encoded.
     """
     vae = AutoencoderKL.from_pretrained(vae_dir).to(device)
     side = pictures.shape[-1] // 8
@@ -37,7 +36,7 @@ def encoded_pictures(
 
     key = {"encoder": _encoder_sha256(vae), "scaling_factor": vae.config.scaling_factor}
     shape = (len(pictures), vae.config.latent_channels, side, side)
-    return filled_rows(Path(out_dir) / f"{name}.npy", key, shape, np.float16, blocks, report)
+    return filled_rows(Path(out_dir) / "latents.npy", key, shape, np.float16, blocks, report)
 
 
 def _encoder_sha256(vae: AutoencoderKL) -> str:

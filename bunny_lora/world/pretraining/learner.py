@@ -31,8 +31,6 @@ def learning_rate(step: int, max_steps: int, peak: float, *, warmup_steps: int =
 def load_weights(model: Any, folder: Path) -> str:
     """Fill a model of diffusers or transformers with the weights in `folder`; return a hash of them.
 
-    Attention that the model has and the folder lacks adds nothing to what is predicted, at first.
-
     Raises:
         BunnyLoraError: there is no such model, or it is of another shape.
     """
@@ -43,15 +41,12 @@ def load_weights(model: Any, folder: Path) -> str:
         raise BunnyLoraError(
             f"There is no {type(model).__name__} in {folder} to start from."
         ) from error
-    new = known.keys() - weights.keys()
-    fits = all(known.get(key) == tensor.shape for key, tensor in weights.items())
-    if not fits or any(".attentions." not in key for key in new):
+    if known != {key: tensor.shape for key, tensor in weights.items()}:
         raise BunnyLoraError(
             f"{folder} is of another shape than the model to train: start from a folder that"
             " `bunny-lora world pretrain` wrote with the same settings."
         )
-    silent = {key: torch.zeros(known[key]) for key in new if ".proj_out." in key}
-    model.load_state_dict(weights | silent, strict=False)
+    model.load_state_dict(weights)
     return "".join(sha256(file) for file in sorted(folder.glob("*.safetensors")))
 
 

@@ -34,17 +34,15 @@ from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components, diffusion
 from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
-from bunny_lora.world.attributes import Character, Picture
+from bunny_lora.world.attributes import Picture, Traits, random_picture
 from bunny_lora.world.captions import caption
-from bunny_lora.world.cast import cast, lesson_picture, made_up_name
-from bunny_lora.world.pretraining.data import drawn_pictures, made_or_shipped
+from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretraining.latents import encoded_pictures
 from bunny_lora.world.pretraining.learner import TrainState, load_weights
 from bunny_lora.world.pretraining.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
-_CHARACTER, _FACE = 4.0, 8.0
-_EYES_TOLD = 0.7
+_CHARACTER = 4.0
 _NO_CAPTION, _NEW_NAME = 0.1, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
@@ -62,8 +60,7 @@ PROMPTS = (
 def build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) -> nn.ModuleDict:
     """Return an untrained UNet (`unet`) for latents of `side` x `side`, and a text encoder to fit it.
 
-    Attention lives in the two lower levels, and over words alone on the way down in the uppermost,
-    which alone sees marks and eyes. There is no middle block, as in BK-SDM-Tiny.
+    Attention lives in the two lower levels; there is no middle block, as in BK-SDM-Tiny.
     """
     text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32)
     text_encoder.get_input_embeddings().requires_grad_(False)
@@ -71,14 +68,13 @@ def build_models(clip: Path, side: int, channels: tuple[int, ...], seed: int) ->
         torch.manual_seed(derive_seed(seed, "world unet weights"))
         unet = UNet2DConditionModel(
             sample_size=side,
-            down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             mid_block_type=None,
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             block_out_channels=channels,
             layers_per_block=1,
             cross_attention_dim=text_encoder.config.hidden_size,
             attention_head_dim=4,
-            only_cross_attention=(True,) + (False,) * (len(channels) - 1),
         )
     return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
@@ -100,21 +96,28 @@ def build_scheduler() -> DDIMScheduler:
 def training_caption(picture: Picture, seed: int, *position: int) -> str:
     """Return what the model is told about a picture at one position of training.
 
-    A new caption each time, now and then nothing, for guidance. Members of the cast are called by their
-    names, and others, to no purpose, by names made up of syllables.
+    A new caption each time, now and then nothing, for guidance. Whoever has a name is called by the
+    regulars' for such looks or, to no purpose, by a name made up of syllables.
     """
     rng = attributes.generator(seed, "training caption", *position)
     if rng.random() < _NO_CAPTION:
         return ""
-    people = [replace(c, name=_name(rng, c)) for c in picture.characters]
-    picture = replace(picture, characters=tuple(people))
-    return caption(picture, int(rng.integers(2**31)), eyes=_EYES_TOLD, known=cast())
+    people = [replace(c, name=_name(rng, c.traits)) if c.name else c for c in picture.characters]
+    return caption(replace(picture, characters=tuple(people)), int(rng.integers(2**31)))
 
 
-def _name(rng: np.random.Generator, character: Character) -> str:
-    if cast().get(character.name) == character.traits:
-        return character.name
-    return made_up_name(rng) if rng.random() < _NEW_NAME else ""
+def _name(rng: np.random.Generator, traits: Traits) -> str:
+    if rng.random() < _NEW_NAME:
+        return made_up_name(rng)
+    return attributes.REGULARS[traits.species, traits.fur]
+
+
+def made_up_name(rng: np.random.Generator) -> str:
+    """Return a word that is in no list, such as "tabiko"."""
+    n_syllables = int(rng.integers(2, 4))
+    return "".join(
+        "bdfghjklmnprstvwz"[rng.integers(17)] + "aeiou"[rng.integers(5)] for _ in range(n_syllables)
+    )
 
 
 def _loss(
@@ -146,19 +149,18 @@ def _lesson(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `count` pictures by lot: latents, how much each place in them counts, and captions.
 
-    A character counts `_CHARACTER` times what the background counts, its face `_FACE` times: they are
-    small, and most of what a prompt asks for is about them. `seeds` are those of the pictures and of
-    all else.
+    A character counts `_CHARACTER` times what the background counts: it is small, and most of what a
+    prompt asks for is about it. `seeds` are those of the pictures and of all else.
     """
     stream, seed = seeds
     chosen = attributes.generator(seed, "sd batch", step).integers(len(latents), size=count)
     texts = [
-        training_caption(lesson_picture(stream, int(index)), seed, step, slot)
+        training_caption(random_picture(stream, int(index)), seed, step, slot)
         for slot, index in enumerate(chosen)
     ]
     batch = torch.from_numpy(latents[chosen]).float()
-    counts = torch.tensor([0.0, 1.0, _CHARACTER, _FACE])[torch.from_numpy(pictures[chosen, 3]).long()]
-    importance = F.adaptive_avg_pool2d(counts, latents.shape[-1])
+    there = torch.from_numpy(pictures[chosen, 3] > 1).float()
+    importance = 1 + (_CHARACTER - 1) * F.adaptive_avg_pool2d(there, latents.shape[-1])
     return batch, importance, components.tokenize(tokenizer, texts)
 
 
@@ -168,7 +170,7 @@ def pretrain_sd(
     max_steps: int = 6_000,
     batch_size: int = 32,
     peak_rate: float = 2.5e-3,
-    n_pictures: int = 16_000,
+    n_pictures: int = N_PICTURES,
     size: int = 128,
     channels: tuple[int, ...] = CHANNELS,
     seed: int = 0,
@@ -185,10 +187,10 @@ def pretrain_sd(
 
     Args:
         out_dir: may hold `vae/` and `clip/` (see `pretrain_vae`, `pretrain_clip`; else the shipped ones
-            serve), receives `lessons.npy`, `lesson_latents.npy`, `sd_state.safetensors` to go on from,
-            `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
+            serve), receives `latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers'
+            format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
-        n_pictures: pictures of `cast.lesson_picture` to learn from.
+        n_pictures: pictures of the random stream to learn from.
         n_workers: processes that draw pictures.
         start_from: a pipeline that an earlier training left, to learn on from, with other pictures.
         stop_at: stop at this step already, as an interruption would.
@@ -202,18 +204,9 @@ def pretrain_sd(
     out_dir = Path(out_dir)
     vae, clip = (made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
     pictures = drawn_pictures(
-        out_dir,
-        n_pictures,
-        size=size,
-        seed=seed,
-        n_workers=n_workers,
-        report=report,
-        stream=lesson_picture,
-        name="lessons",
+        out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
-    latents = encoded_pictures(
-        out_dir, vae, pictures, device=device, report=report, name="lesson_latents"
-    )
+    latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     models = build_models(clip, latents.shape[-1], channels, seed)
     settings: dict[str, Any] = {"clip": sha256(clip / "model.safetensors"), "channels": list(channels)}
