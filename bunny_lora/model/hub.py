@@ -131,7 +131,9 @@ def local_decoder(name: str) -> Path:
     repo, revision = split_revision(name)
     with contextlib.suppress(EntryNotFoundError, HFValidationError):
         found = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=DECODER, local_files_only=True)
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(DECODER), local_files_only=True
+            )
         )
         if all((found / file).is_file() for file in DECODER):
             return found
