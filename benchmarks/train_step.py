@@ -43,7 +43,12 @@ def open_trainer(base_model: str, resolution: int, *, checkpointing: bool = Fals
         "base_model": base_model,
         "source": "outputs/film",
         "resolution": resolution,
-        "training": {"batch_size": 1, "seed": SEED, "gradient_checkpointing": checkpointing},
+        "training": {
+            "batch_size": 1,
+            "seed": SEED,
+            "gradient_checkpointing": checkpointing,
+            "fast_path": "auto",
+        },
     }
     trainer = LoRATrainer(config=validate(section))
     trainer.prepare_data()
@@ -83,13 +88,13 @@ def sides(
 
 
 def fast_paths(chosen: FastPath) -> dict[str, FastPath]:
-    """Return the plain path, each change alone, and the one that a run takes here by default."""
+    """Return the plain path, each change alone, and the one that `fast_path: auto` takes here."""
     found = {"plain": FastPath([], lora=False)}
     if chosen.shapes:
         found["native attention"] = chosen._replace(lora=False)
     if chosen.lora:
         found["LoRA without casts"] = FastPath([], lora=True)
-    return found | ({"default: both": chosen} if len(found) == 3 else {})
+    return found | ({"fast_path: auto": chosen} if len(found) == 3 else {})
 
 
 def loss_difference(trainer: LoRATrainer, rival: Ancestor | DiffusersScript) -> float:
@@ -158,7 +163,10 @@ def measure(base_model: str, resolution: int, repeats: int) -> str:
     return measuring.section("A training image", facts, measuring.table(times, "an image"), load)
 
 
-MEMORY: dict[str, list[str]] = {"by default": [], "with gradient checkpointing": ["--checkpointing"]}
+MEMORY: dict[str, list[str]] = {
+    "with fast_path: auto": [],
+    "with gradient checkpointing": ["--checkpointing"],
+}
 
 
 def train_alone(base_model: str, resolution: int, *, checkpointing: bool) -> None:

@@ -88,7 +88,6 @@ def tiny_config(base_model: str, **overrides: object) -> Config:
             "max_train_steps": 4,
             "gradient_accumulation_steps": 2,
             "mixed_precision": "no",
-            "fast_path": "off",  # its trials of speed take turns with whatever else runs
         },
         "sampling": {"num_inference_steps": 2},
         "evaluation": {"num_drift_images": 1, "other_prompts": "a dog"},

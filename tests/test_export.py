@@ -133,8 +133,8 @@ def test_the_model_card_says_what_it_is(exported: Path, tiny_model: str) -> None
     assert "for 4 steps on 6 images" in body
 
 
-def test_the_model_card_says_how_to_draw(run_dir: Path, tiny_model: str) -> None:
-    lora = {"unet": {"x": MODULE}}
+def test_the_model_card_says_how_to_draw(run_dir: Path, tiny_model: str, tmp_path: Path) -> None:
+    run_dir, lora = Path(shutil.copytree(run_dir, tmp_path / "run")), {"unet": {"x": MODULE}}
 
     def said(weights: str) -> str:
         about = model_card.About.of_run(run_dir / weights, tiny_model, lora)

@@ -115,7 +115,7 @@ class TrainingSection(Section):
     """How likely a whole caption is left out: guidance starts from what an empty prompt gives."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, fp16 on older GPUs, else no (float32)."""
-    fast_path: Literal["auto", "on", "off"] = "auto"
+    fast_path: Literal["auto", "on", "off"] = "off"
     """On a CPU, the same to rounding. auto: native attention where a trial on this machine finds it
     faster than torch's, and in bf16 LoRA without casts to float32, which a run that goes on keeps; on:
     both everywhere; off: as diffusers and PEFT compute."""
@@ -261,5 +261,5 @@ class EvaluationSection(Section):
     def _names_two(cls, value: list[str]) -> list[str]:
         for prompt in value:
             if "{first}" not in prompt or "{second}" not in prompt:
-                raise ValueError(f"takes prompts with {{first}} and {{second}} (got {prompt!r})")
+                raise ValueError(f"takes prompts with {{first}} and {{second}} (got {shown(prompt)})")
         return value
