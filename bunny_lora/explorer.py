@@ -253,9 +253,10 @@ class Explorer:
 
     def _cell(self, table: Confusion, row: str, column: str, share: float) -> widgets.Button:
         images = table.cells.get((row, column), [])
+        counted = f"{len(images)} picture{'s' * (len(images) != 1)}"
         button = widgets.Button(
             description=f"{share:.0%}", disabled=not images, layout=widgets.Layout(width="auto"),
-            tooltip=f"{row} was asked for, {column} is seen: {len(images)} pictures",
+            tooltip=f"{row} was asked for, {column} is seen: {counted}",
         )  # fmt: skip
         button.style.button_color, button.style.text_color = _shade(share), "#222222"
         button.on_click(lambda _: self._show_cell(button.tooltip, images))

@@ -112,7 +112,7 @@ def as_table(state: RunState) -> str:
 
 def as_image(state: RunState) -> str:
     """Return a run's figure as an image of HTML, its facts as the alternative text."""
-    data = base64.b64encode(report.run_figure(state)._repr_png_()).decode()
+    data = base64.b64encode(report.run_figure(state).as_png()).decode()
     alt = html.escape(report.run_text(state).replace("\n", "; "), quote=True)
     return f'<img style="width: 100%" alt="{alt}" src="data:image/png;base64,{data}">'
 

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib import _pylab_helpers
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -27,7 +28,7 @@ def n_pictures(figure):
 def assert_readable(figure):
     """The figure shows itself without pyplot; no text is cut off at its edge or lies on another."""
     assert isinstance(figure, Figure)
-    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert figure.as_png().startswith(b"\x89PNG")
     assert not _pylab_helpers.Gcf.figs
     renderer, width, height = figure.canvas.get_renderer(), *figure.bbox.size
     hidden = beyond_the_limits(figure)
@@ -63,7 +64,9 @@ def test_a_notebook_keeps_pictures_as_jpeg_and_charts_as_png():
     (data, about), (picture, said) = chart._repr_mimebundle_(), grid._repr_mimebundle_()
     assert list(data) == list(about) == ["image/png"]
     assert list(picture) == list(said) == ["image/jpeg"] and said["image/jpeg"]["alt"] == "Pictures"
-    assert len(picture["image/jpeg"]) < len(grid._repr_png_())
+    kept, _ = DisplayFormatter().format(grid)
+    assert [kind for kind in kept if kind.startswith("image/")] == ["image/jpeg"]
+    assert len(picture["image/jpeg"]) < len(grid.as_png())
 
 
 def test_text_that_lies_on_text_or_beyond_the_edge_is_found():

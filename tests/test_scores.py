@@ -101,7 +101,7 @@ def test_one_image_a_character_has_no_consistency_and_no_interval():
         for row in (part.all, part.characters["rex"]):
             row.consistency = None
             row.fidelity.low = row.fidelity.high = None
-    assert report.scores_chart(result)._repr_png_()
+    assert report.scores_chart(result).as_png()
     assert "rex             fidelity       0.500   0.750   +0.250" in report.scores_table(result)
 
 

@@ -210,7 +210,10 @@ def test_lines_that_cannot_be_read_are_left_out_and_counted(project: Path) -> No
     assert [record["step"] for record in state.steps] == [1, 3] and state.n_damaged == 4
     assert state.seen == {"ellie": 2}
     assert "4 lines cannot be read" in report.run_text(state)
-    assert report.run_figure(state)._repr_png_().startswith(b"\x89PNG")
+    figure = report.run_figure(state)
+    assert figure.as_png().startswith(b"\x89PNG")
+    rates = next(axes for axes in figure.axes if axes.get_title(loc="left") == "Learning rate (x 1e-4)")
+    assert rates.lines[0].get_ydata() == pytest.approx([1.0, 1.0])
 
 
 def test_characters_are_counted_as_often_as_they_were_seen(tiny_model: str, data: Path) -> None:

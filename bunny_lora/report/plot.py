@@ -72,7 +72,8 @@ class Plot(Figure):
         said = [" ".join(text.split()) for text in (*self.titles, *beside, *named)]
         return ". ".join(dict.fromkeys(filter(None, said)))
 
-    def _repr_png_(self) -> bytes:
+    def as_png(self) -> bytes:
+        """Return the figure as a PNG; not under IPython's name, or notebooks would keep both kinds."""
         return self._as("png")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:

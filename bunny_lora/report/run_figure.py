@@ -116,11 +116,10 @@ def _validation(state: RunState) -> dict[str, list[tuple[int, float]]]:
 
 def _learning_rate(axes: Axes, state: RunState) -> None:
     rates = [record["learning_rate"] for record in state.steps]
-    axes.plot([record["step"] for record in state.steps], rates, color=ORANGE, lw=1.5)
-    axes.set_ylim(0, 1.15 * max(rates) or 1)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes.yaxis.get_offset_text().set_visible(False)
     exponent = math.floor(math.log10(max(rates))) if max(rates) > 0 else 0
+    scaled = [rate / 10**exponent for rate in rates]
+    axes.plot([record["step"] for record in state.steps], scaled, color=ORANGE, lw=1.5)
+    axes.set_ylim(0, 1.15 * max(scaled) or 1)
     axes.set_title(f"Learning rate (x 1e{exponent})", size=LABEL_PT, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
