@@ -54,14 +54,19 @@ def local(name: str) -> Path:
 
 def cached(name: str) -> Path | None:
     """Return the folder in the hub's cache if all parts are there, without any connection."""
+    found = _in_cache(name, SMALL)
+    return None if found is None or _missing(found) else found
+
+
+def _in_cache(name: str, patterns: Iterable[str]) -> Path | None:
+    """Return a model's folder in the hub's cache, whole or not, without any connection."""
     repo, revision = split_revision(name)
-    try:
-        found = snapshot_download(
-            repo, revision=revision, allow_patterns=list(SMALL), local_files_only=True
+    with contextlib.suppress(EntryNotFoundError, HFValidationError):
+        wanted = list(patterns)
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True)
         )
-    except (EntryNotFoundError, HFValidationError):
-        return None
-    return None if _missing(Path(found)) else Path(found)
+    return None
 
 
 def download(name: str) -> Path:
@@ -107,16 +112,8 @@ def local_encoder(name: str) -> Path:
     Raises:
         BunnyLoraError: it is not in the cache and cannot be had; the message says why.
     """
-    repo, revision = split_revision(name)
-    with contextlib.suppress(EntryNotFoundError, HFValidationError):
-        found = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=[*TEXTS, *PARTS], local_files_only=True
-            )
-        )
-        if _has_weights(found):
-            return found
-    return download_encoder(name)
+    found = _in_cache(name, [*TEXTS, *PARTS])
+    return found if found is not None and _has_weights(found) else download_encoder(name)
 
 
 def local_decoder(name: str) -> Path:
@@ -128,15 +125,9 @@ def local_decoder(name: str) -> Path:
     Raises:
         BunnyLoraError: it is not in the cache and cannot be had; the message says why.
     """
-    repo, revision = split_revision(name)
-    with contextlib.suppress(EntryNotFoundError, HFValidationError):
-        found = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(DECODER), local_files_only=True
-            )
-        )
-        if all((found / file).is_file() for file in DECODER):
-            return found
+    found = _in_cache(name, DECODER)
+    if found is not None and all((found / file).is_file() for file in DECODER):
+        return found
     with _explaining(name):
         return _snapshot(name, DECODER, progress)
 
