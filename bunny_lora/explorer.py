@@ -21,9 +21,10 @@ from bunny_lora.config import Config
 from bunny_lora.core import eval_result, paths
 from bunny_lora.core.eval_result import EvalResult, ImageScores
 from bunny_lora.core.progress import is_watched
+from bunny_lora.data.images import open_rgb
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation.by_hand import hand_on
-from bunny_lora.evaluation.explored import BASE, NOBODIES, Studio, Wanted, opened
+from bunny_lora.evaluation.explored import BASE, NOBODIES, Studio, Wanted
 from bunny_lora.report.confusion import Confusion, confusion
 from bunny_lora.report.grids import picture_grid
 from bunny_lora.report.plot import Plot
@@ -69,7 +70,7 @@ def static_figure(studio: Studio) -> Plot:
 
 def _opened(studio: Studio, wanted: Wanted) -> Image.Image | None:
     path = studio.find(wanted)
-    return opened(path) if path else None
+    return open_rgb(path) if path else None
 
 
 def wiped(base: Image.Image | None, lora: Image.Image | None, share: float) -> Image.Image | None:
@@ -268,7 +269,7 @@ class Explorer:
         parts = []
         for image in images[:MAX_SHOWN]:
             path = folder / image.file
-            drawn = _img(opened(path), image.prompt, 160) if path.is_file() else "no picture"
+            drawn = _img(open_rgb(path), image.prompt, 160) if path.is_file() else "no picture"
             parts.append(
                 f'<figure style="display:inline-block;width:160px;margin:4px">{drawn}'
                 f"<figcaption>{html.escape(image.prompt)}</figcaption></figure>"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bunny_lora import inference
 from bunny_lora.config import Config
@@ -157,12 +156,6 @@ def _characters(run_dir: Path, config: Config) -> list[str]:
         return [SUBJECT]
     counts = Counter(name for sample in samples for name in sample.characters)
     return sorted(counts, key=lambda name: (-counts[name], name)) or [SUBJECT]
-
-
-def opened(path: Path) -> Image.Image:
-    """Return a picture in memory, its file closed."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 NOBODIES = {"nobody": NEUTRAL, "another subject": OTHERS}

@@ -50,10 +50,8 @@ class Trackers:
 
     def __init__(self, config: Config, step: int, *, writes: bool = True) -> None:
         names = config.training.trackers if writes else []
-        if names:
-            PartialState(
-                cpu=config.device == "cpu"
-            )  # Accelerate's trackers ask it who is the main process.
+        if names:  # Accelerate's trackers ask it who is the main process.
+            PartialState(cpu=config.device == "cpu")
         self.open: dict[str, Any] = {}
         for name in names:
             self._guarded(name, partial(self._start, name, config, step))
