@@ -135,6 +135,7 @@ REGULARS = {
 """Who is always called the same where the denoiser is taught, by species and fur: from them it learns
 that a name can tell who is meant, though it never learns who the heroes are."""
 
+
 _LIKE = {"lilac": ("purple", "pink"), "sky": ("blue",), "crimson": ("red",), "emerald": ("green",)}
 """The colours of things that can hardly be told from a hero's fur."""
 
@@ -153,6 +154,29 @@ def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     """Return one of `options`, all equally likely."""
     return options[int(rng.integers(len(options)))]
+
+
+def _regular_looks() -> dict[str, Traits]:
+    looks = {}
+    for (species, fur), name in REGULARS.items():
+        rng = generator(0, f"regular {name}")
+        outfit = pick(rng, OUTFITS[1:])
+        bare = outfit in BARE_CHEST
+        marks = [mark for mark in MARKS[1:] if mark != HERO_MARKS.get(species)]
+        looks[name] = Traits(
+            species=species,
+            fur=fur,
+            eyes=pick(rng, EYES),
+            outfit=outfit,
+            outfit_colour=pick(rng, [colour for colour in OUTFIT_COLOURS if colour != fur]),
+            mark=pick(rng, marks) if bare else "none",
+            mark_colour=pick(rng, [colour for colour in MARK_COLOURS if colour != fur]),
+        )
+    return looks
+
+
+REGULAR_LOOKS = _regular_looks()
+"""The whole look of each regular: what the denoiser may be shown when it is told the name alone."""
 
 
 def random_name(rng: np.random.Generator) -> str:

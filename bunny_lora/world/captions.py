@@ -17,7 +17,7 @@ from bunny_lora.world.attributes import (
     DETAILS,
     NAMES,
     OUTFIT_COLOURS,
-    REGULARS,
+    REGULAR_LOOKS,
     Character,
     Picture,
     generator,
@@ -116,8 +116,8 @@ _FRAME_WORDS = "and a an is are eyes on the chest of in at animated characters s
 class _Teller:
     """Says things about one picture with the luck of one generator."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, eyes_said: float = 0.35) -> None:
+        self.rng, self.eyes_said = rng, eyes_said
 
     def say(self, table: Table, key: str) -> str:
         return pick(self.rng, table[key])
@@ -132,7 +132,7 @@ class _Teller:
         if self.chance(0.5 if hero else 0.96):
             words.append(self.say(_FUR, traits.fur))
         words.append(self.say(_SPECIES, traits.species))
-        eyes = not brief and self.chance(0.1 if hero else 0.35)
+        eyes = not brief and self.chance(0.1 if hero else self.eyes_said)
         if eyes:
             words.append(f"with {traits.eyes} eyes")
         if traits.outfit != "none" and self.chance(0.5 if hero else 0.9):
@@ -201,12 +201,13 @@ def _deeds(teller: _Teller, character: Character, camera: str) -> list[tuple[flo
     return extras
 
 
-def caption(picture: Picture, seed: int) -> str:
+def caption(picture: Picture, seed: int, *, eyes_said: float = 0.35) -> str:
     """Return a caption of at most `MAX_WORDS` words and commas, all from `vocabulary()`.
 
     The same picture and seed give the same words. A picture without characters is called a scene.
+    `eyes_said` is the share of looks of others than heroes that name the eyes.
     """
-    teller = _Teller(generator(seed, "caption", picture.scene.seed))
+    teller = _Teller(generator(seed, "caption", picture.scene.seed), eyes_said)
     extras = _surroundings(teller, picture)
     if not picture.characters:
         return _fit(["animated scene"], extras, teller.rng.permutation(len(extras)))
@@ -216,8 +217,7 @@ def caption(picture: Picture, seed: int) -> str:
     head = [character.name] if character.name else []
     if teller.chance(0.8 if head else 0.4):
         head.append(pick(teller.rng, _KINDS))
-    regular = REGULARS.get((character.traits.species, character.traits.fur), "")
-    if regular != character.name or teller.chance(0.65):
+    if REGULAR_LOOKS.get(character.name) != character.traits or teller.chance(0.5):
         head.append(teller.looks(character, brief=False))
     extras = _deeds(teller, character, picture.scene.camera) + extras
     return _fit(head, extras, teller.rng.permutation(len(extras)))

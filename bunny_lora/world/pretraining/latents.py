@@ -32,14 +32,14 @@ def encoded_pictures(
     def blocks(first: int) -> Iterable[np.ndarray]:
         for row in range(first, len(pictures), batch_size):
             images = torch.from_numpy(pictures[row : row + batch_size, :3])
-            yield _encode(vae, to_unit(images, device))
+            yield encode(vae, to_unit(images, device))
 
-    key = {"encoder": _encoder_sha256(vae), "scaling_factor": vae.config.scaling_factor}
+    key = {"encoder": encoder_sha256(vae), "scaling_factor": vae.config.scaling_factor}
     shape = (len(pictures), vae.config.latent_channels, side, side)
     return filled_rows(Path(out_dir) / "latents.npy", key, shape, np.float16, blocks, report)
 
 
-def _encoder_sha256(vae: AutoencoderKL) -> str:
+def encoder_sha256(vae: AutoencoderKL) -> str:
     """Return a digest of what latents depend on; a decoder that learned on leaves them as they are."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
@@ -49,7 +49,8 @@ def _encoder_sha256(vae: AutoencoderKL) -> str:
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, images: torch.Tensor) -> np.ndarray:
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> np.ndarray:
+    """Return scaled latents, float16 [N, C, side, side], of images [N, 3, H, W] from -1 to 1."""
     with torch.autocast(images.device.type, torch.bfloat16):
         latents = vae.encode(images).latent_dist.mode()
     return (latents.float() * vae.config.scaling_factor).half().cpu().numpy()

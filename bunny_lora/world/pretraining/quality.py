@@ -19,8 +19,8 @@ from bunny_lora.world.attributes import HEROES, REGULARS
 from bunny_lora.world.captions import plain_caption
 from bunny_lora.world.pretraining.clip import hero_views, image_vectors, same_hero_auc
 from bunny_lora.world.pretraining.data import heldout, heldout_seed, hero_images
+from bunny_lora.world.pretraining.lessons import made_up_name
 from bunny_lora.world.pretraining.reader import shares_right, single_picture
-from bunny_lora.world.pretraining.sd import made_up_name
 from bunny_lora.world.pretraining.vae import psnr, reconstruct
 from bunny_lora.world.traits import load_reader
 

@@ -2,8 +2,9 @@
 
 The text encoder begins as that of the world's CLIP, and its token embeddings stay as they are. If no
 name ever meant anything, it would learn to drop names, and leave a LoRA nothing to tie a character to:
-so most names stand for a species and a fur (`attributes.REGULARS`), and some, made up on the spot, for
-nobody. Heroes' names never occur: words that are taught to mean nothing come to mean the same.
+so most names stand for a species and a fur (`attributes.REGULARS`), in half of the pictures for a
+whole look, and some, made up on the spot, for nobody. Heroes' names never occur: words that are taught
+to mean nothing come to mean the same.
 
 Every timestep counts the same in the loss of v, as in https://arxiv.org/abs/2202.00512. Min-SNR weights
 all but leave out the noisiest ones, and there it is settled what a body does.
@@ -16,14 +17,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import nn
@@ -34,16 +33,19 @@ from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components, diffusion
 from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
-from bunny_lora.world.attributes import Picture, Traits, random_picture
-from bunny_lora.world.captions import caption
-from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
+from bunny_lora.world.pretraining.data import N_PICTURES, made_or_shipped
 from bunny_lora.world.pretraining.latents import encoded_pictures
 from bunny_lora.world.pretraining.learner import TrainState, load_weights
+from bunny_lora.world.pretraining.lessons import (
+    drawn_lessons,
+    importance,
+    lesson_picture,
+    training_caption,
+)
+from bunny_lora.world.pretraining.pairs import Pairs, eye_differences
 from bunny_lora.world.pretraining.tokenizer import build_tokenizer
 
 CHANNELS = (96, 160, 192)
-_CHARACTER = 4.0
-_NO_CAPTION, _NEW_NAME = 0.1, 0.15
 PROMPTS = (
     "grey rabbit wearing a red scarf, happy, standing, meadow, medium shot",
     "orange cat with blue eyes and a green hat, laughing, waving, beach, sunset",
@@ -93,37 +95,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def training_caption(picture: Picture, seed: int, *position: int) -> str:
-    """Return what the model is told about a picture at one position of training.
-
-    A new caption each time, now and then nothing, for guidance. Whoever has a name is called by the
-    regulars' for such looks or, to no purpose, by a name made up of syllables.
-    """
-    rng = attributes.generator(seed, "training caption", *position)
-    if rng.random() < _NO_CAPTION:
-        return ""
-    people = [replace(c, name=_name(rng, c.traits)) if c.name else c for c in picture.characters]
-    return caption(replace(picture, characters=tuple(people)), int(rng.integers(2**31)))
-
-
-def _name(rng: np.random.Generator, traits: Traits) -> str:
-    if rng.random() < _NEW_NAME:
-        return made_up_name(rng)
-    return attributes.REGULARS[traits.species, traits.fur]
-
-
-def made_up_name(rng: np.random.Generator) -> str:
-    """Return a word that is in no list, such as "tabiko"."""
-    n_syllables = int(rng.integers(2, 4))
-    return "".join(
-        "bdfghjklmnprstvwz"[rng.integers(17)] + "aeiou"[rng.integers(5)] for _ in range(n_syllables)
-    )
-
-
 def _loss(
     models: nn.ModuleDict,
     latents: torch.Tensor,
-    importance: torch.Tensor,
+    weights: torch.Tensor,
     tokens: torch.Tensor,
     alphas_cumprod: torch.Tensor,
     rng: torch.Generator,
@@ -136,7 +111,7 @@ def _loss(
         prediction = models["unet"](noisy, timesteps, states).sample
     target = diffusion.target("v_prediction", latents, noise, timesteps, alphas_cumprod)
     error = (prediction.float() - target).square().mean(dim=1)
-    return (importance * error).sum() / importance.sum()
+    return (weights * error).sum() / weights.sum()
 
 
 def _lesson(
@@ -149,19 +124,17 @@ def _lesson(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `count` pictures by lot: latents, how much each place in them counts, and captions.
 
-    A character counts `_CHARACTER` times what the background counts: it is small, and most of what a
-    prompt asks for is about it. `seeds` are those of the pictures and of all else.
+    `seeds` are those of the pictures and of all else.
     """
     stream, seed = seeds
     chosen = attributes.generator(seed, "sd batch", step).integers(len(latents), size=count)
     texts = [
-        training_caption(random_picture(stream, int(index)), seed, step, slot)
+        training_caption(lesson_picture(stream, int(index)), seed, step, slot)
         for slot, index in enumerate(chosen)
     ]
     batch = torch.from_numpy(latents[chosen]).float()
-    there = torch.from_numpy(pictures[chosen, 3] > 1).float()
-    importance = 1 + (_CHARACTER - 1) * F.adaptive_avg_pool2d(there, latents.shape[-1])
-    return batch, importance, components.tokenize(tokenizer, texts)
+    weights = importance(torch.from_numpy(pictures[chosen, 3]), latents.shape[-1])
+    return batch, weights, components.tokenize(tokenizer, texts)
 
 
 def pretrain_sd(
@@ -187,8 +160,8 @@ def pretrain_sd(
 
     Args:
         out_dir: may hold `vae/` and `clip/` (see `pretrain_vae`, `pretrain_clip`; else the shipped ones
-            serve), receives `latents.npy`, `sd_state.safetensors` to go on from, `sd/` in diffusers'
-            format (averaged weights, float16), and `samples/`.
+            serve), receives `lessons.npy`, `latents.npy`, `eyes.npy`, `sd_state.safetensors` to go on
+            from, `sd/` in diffusers' format (averaged weights, float16), and `samples/`.
         max_steps: length of the whole training; the learning rate ends at 0 there.
         n_pictures: pictures of the random stream to learn from.
         n_workers: processes that draw pictures.
@@ -203,10 +176,14 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     vae, clip = (made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
-    pictures = drawn_pictures(
+    pictures = drawn_lessons(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
+    differences = eye_differences(
+        out_dir, vae, pictures, latents, seed=seed, n_workers=n_workers, device=device, report=report
+    )
+    pairs = Pairs.of(seed, latents, differences)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     models = build_models(clip, latents.shape[-1], channels, seed)
     settings: dict[str, Any] = {"clip": sha256(clip / "model.safetensors"), "channels": list(channels)}
@@ -218,12 +195,14 @@ def pretrain_sd(
         settings["start_from"] = origin
         seed = derive_seed(seed, f"world sd from {origin}")
     state = TrainState(models.to(device).train(), settings)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     def loss_of(step: int) -> torch.Tensor:
         lesson = _lesson(pictures, latents, tokenizer, batch_size, (stream, seed), step)
-        batch, importance, tokens = (tensor.to(device) for tensor in lesson)
+        batch, weights, tokens = (tensor.to(device) for tensor in lesson)
         rng = generator(seed, "world sd noise", step)
-        return _loss(models, batch, importance, tokens, scheduler.alphas_cumprod, rng)
+        loss = _loss(models, batch, weights, tokens, alphas_cumprod, rng)
+        return loss + pairs.loss(models, tokenizer, alphas_cumprod, seed, step)
 
     for progress in state.train(
         loss_of,
