@@ -91,6 +91,11 @@ def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path
         ),
         ("growth", ["--frames", "2", "3"], ["2", "3"]),
         (
+            "memory",
+            ["--base-model", "random-tiny", "--resolution", "64", "--settings", "low_memory"],
+            ["low_memory | 0."],
+        ),
+        (
             "start",
             ["--base-model", "random-tiny", "--resolution", "32", "--frames", "2"],
             ["with data", "warm"],

@@ -31,7 +31,8 @@ HARMLESS = {
     "num_workers", "pin_memory",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
-    "training.num_validation_images", "training.trackers", "prior_preservation.class_data_dir",
+    "training.num_validation_images", "training.trackers", "training.low_memory",
+    "prior_preservation.class_data_dir",
 }  # fmt: skip
 
 # Told by what they come to on this machine, in the environment below.

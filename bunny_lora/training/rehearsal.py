@@ -54,6 +54,8 @@ def make_plan(config: Config) -> Plan:
     started = time.perf_counter()
     parts = setup.load_parts(config)
     pipe = components.pipeline_from(parts, config.base_model)
+    if config.training.low_memory:
+        setup.take_turns(parts, config)
     load_sec = time.perf_counter() - started
     samples, _ = read_split(config)
     data = setup.image_dataset(config, parts, samples)
