@@ -74,8 +74,6 @@ def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path
     apart = re.findall(r"away from ours: the ancestor's loop (\S+), diffusers' script (\S+)\n", text)[0]
     assert all(float(x) < 3e-2 for x in apart)
     assert re.search(r"TFLOP at \d+% of the \S+ TFLOP/s", text)
-    memory = r"and trains: 0\.\d+ GB with fast_path: auto, 0\.\d+ GB with gradient checkpointing"
-    assert re.search(memory, text)
     rows = re.findall(r"^\| ([^|\n]+) \| ([\d.]+) \|", text, re.MULTILINE)
     assert [name for name, _ in rows][:3] == ["the ancestor's loop", "diffusers' script", "ours, plain"]
     assert all(float(seconds) > 0 for _, seconds in rows)

@@ -122,6 +122,10 @@ class TrainingSection(Section):
     """On a CPU, the same to rounding. auto: native attention where a trial on this machine finds it
     faster than torch's, and in bf16 LoRA without casts to float32, which a run that goes on keeps; on:
     both everywhere; off: as diffusers and PEFT compute."""
+    pooled_attention: int | None = Field(None, ge=2, le=4)
+    """An approximation, in training alone: 2 averages keys and values of the largest self-attention
+    over 2 x 2 tokens, which takes a quarter of its work. `bunny-lora plan` says how far that moves what
+    is learnt. null: exact."""
     snr_gamma: float | None = Field(None, gt=0)
     """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
     seed: int = Field(42, ge=0)

@@ -117,10 +117,11 @@ def fast_path_of(config: Config) -> str:
     return choice.choose(*about_fast_path(config))
 
 
-def about_fast_path(config: Config) -> tuple[str, Path, int, torch.device, torch.dtype]:
+def about_fast_path(config: Config) -> tuple[str, Path, int, torch.device, torch.dtype, int]:
     """Return what `choice.choose` and `choice.explain` take."""
     folder = Path(components.resolve_base_model(config.base_model))
-    return config.training.fast_path, folder, config.resolution, *_place(config)
+    training, factor = config.training, config.training.pooled_attention or 1
+    return training.fast_path, folder, config.resolution, *_place(config), factor
 
 
 def _place(config: Config) -> tuple[torch.device, torch.dtype]:

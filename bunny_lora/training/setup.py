@@ -18,7 +18,7 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, devices, formats, offload, preview, prompts, targets
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import allocator, choice
+from bunny_lora.model.fast import allocator, choice, pooled
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import read_split
@@ -67,7 +67,8 @@ class Setup:
         for part in self.state.models:
             getattr(self.parts, part).train(training)
         if training:
-            choice.install(self.parts.unet, choice.read(self.fast_path))
+            factor = self.config.training.pooled_attention or 1
+            choice.install(self.parts.unet, choice.read(self.fast_path), factor)
             self.offload_unused()
         else:
             choice.remove(self.parts.unet)
@@ -127,6 +128,11 @@ def load_parts(config: Config) -> Components:
         allocator.keep_freed_memory()
     parts = components.load_components(config.base_model, device, dtype)
     memory.check_images(parts, config.resolution)
+    if config.training.pooled_attention and not pooled.applies_to(parts.unet):
+        raise BunnyLoraError(
+            f"training.pooled_attention: {config.training.pooled_attention} does nothing:"
+            f" {config.base_model} does not attend at the size of its latents. Leave it out."
+        )
     if config.sampling.preview_decoder is not None:
         preview.load_decoder(config.sampling.preview_decoder, dtype, device)
     for part in _trained_parts(config):
