@@ -3,7 +3,7 @@
     python benchmarks/train_step.py                                      # the real shape, 512 px
     python benchmarks/train_step.py --quick                              # toy size, in seconds
     python benchmarks/train_step.py --resolution 128 --append docs/benchmarks.md
-    python benchmarks/train_step.py --mixed-precision no --sides ancestor plain
+    python benchmarks/train_step.py --mixed-precision no --fast-path off --sides ancestor plain
 
 All sides take turns in one process, so that what else the machine does falls on each of them; the table
 has medians, spread and the load.
@@ -11,9 +11,10 @@ has medians, spread and the load.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from bunny_lora.world.film import write_film
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def open_trainer(base_model: str, resolution: int, precision: str) -> LoRATrainer:
+def open_trainer(base_model: str, resolution: int, precision: str, fast_path: str) -> LoRATrainer:
     """Return a trainer with its data encoded and its model loaded, in a project of its own."""
     write_film(Path(os.environ["BUNNY_LORA_ROOT"]) / "outputs" / "film", n_frames=1)
     section = {
@@ -47,7 +48,7 @@ def open_trainer(base_model: str, resolution: int, precision: str) -> LoRATraine
             "batch_size": 1,
             "seed": SEED,
             "mixed_precision": precision,
-            "fast_path": "auto",
+            "fast_path": fast_path,
         },
     }
     trainer = LoRATrainer(config=validate(section))
@@ -89,22 +90,23 @@ def sides(
     }
 
 
-AUTO, POOLED = "fast_path: auto", "pooled_attention: 2"
+POOLED = "pooled_attention: 2"
 
 
 def fast_paths(trainer: LoRATrainer) -> dict[str, tuple[FastPath, int]]:
-    """Return the plain path, each change alone, what `fast_path: auto` takes, and an approximation."""
+    """Return the plain path, each change alone, what training.fast_path takes, and an approximation."""
     config, chosen = trainer.config, choice.read(trainer.setup.fast_path)
+    name = f"fast_path: {config.training.fast_path}"
     found = {"plain": (FastPath([], lora=False), 1)}
     if chosen.shapes:
         found["native attention"] = (chosen._replace(lora=False), 1)
     if chosen.lora:
         found["LoRA without casts"] = (FastPath([], lora=True), 1)
     if chosen != found["plain"][0]:
-        found[AUTO] = (chosen, 1)
+        found[name] = (chosen, 1)
     if pooled.applies_to(trainer.setup.parts.unet):
-        _, *place = fingerprint.about_fast_path(config)
-        found[f"fast_path: auto, {POOLED}"] = (choice.read(choice.choose("auto", *place[:-1], 2)), 2)
+        *about, _ = fingerprint.about_fast_path(config)
+        found[f"{name}, {POOLED}"] = (choice.read(choice.choose(*about, 2)), 2)
     return found
 
 
@@ -139,15 +141,11 @@ def count_flops(trainer: LoRATrainer) -> int:
     return counter.get_total_flops()
 
 
-def measure(
-    base_model: str, resolution: int, repeats: int, precision: str, wanted: Sequence[str]
-) -> str:
-    """Measure everything and return the section of docs/benchmarks.md.
-
-    `wanted` are parts of the names of sides; none: all.
-    """
-    load = os.getloadavg()[0]
-    trainer = open_trainer(base_model, resolution, precision)
+def measure(options: argparse.Namespace) -> str:
+    """Measure everything, or the sides that are wanted; return the section of docs/benchmarks.md."""
+    base_model, resolution = options.base_model, options.resolution
+    repeats, wanted, load = options.repeats, options.sides, os.getloadavg()[0]
+    trainer = open_trainer(base_model, resolution, options.mixed_precision, options.fast_path)
     parts: Components = trainer.setup.parts
 
     def is_wanted(name: str) -> bool:
@@ -162,9 +160,11 @@ def measure(
     if rivals:
         apart = ", ".join(f"{name} {loss_difference(trainer, r):.1e}" for name, r in rivals.items())
         facts.append(f"losses of the same micro-batch, away from ours: {apart}")
-    trials = choice.explain(*fingerprint.about_fast_path(trainer.config)[1:])
-    facts.append(f"{trials}; sides in turns, medians of {repeats}")
-    times = measuring.take_turns(sides(trainer, rivals, paths), repeats)
+    if options.fast_path != "off":
+        facts.append(choice.explain(*fingerprint.about_fast_path(trainer.config)[1:]))
+    warm_up = not options.no_warm_up
+    facts.append(f"sides in turns, medians of {repeats}" + ", none to warm up" * options.no_warm_up)
+    times = measuring.take_turns(sides(trainer, rivals, paths), repeats, warm_up=warm_up)
     if not wanted:
         facts.append(_of_the_peak(trainer, times, resolution))
     return measuring.section("A training image", facts, measuring.table(times, "an image"), load)
@@ -190,11 +190,14 @@ def main() -> None:
     parser = measuring.arguments(__doc__, resolution=512, repeats=5)
     parser.add_argument("--quick", action="store_true", help="random-tiny at 64 px")
     parser.add_argument("--mixed-precision", default="auto", help="as training.mixed_precision")
+    parser.add_argument("--fast-path", default="auto", help="as training.fast_path")
     parser.add_argument("--sides", nargs="+", default=[], help="parts of names; all, if none is named")
+    parser.add_argument("--no-warm-up", action="store_true", help="have the first turn count")
     options = parser.parse_args()
-    small = ("random-tiny", 64) if options.quick else (options.base_model, options.resolution)
+    if options.quick:
+        options.base_model, options.resolution = "random-tiny", 64
     with measuring.project():
-        text = measure(*small, options.repeats, options.mixed_precision, options.sides)
+        text = measure(options)
     measuring.report(text, options.append)
 
 

@@ -16,7 +16,7 @@ from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.fast import attention as fast_attention
 from bunny_lora.model.fast import lora, native, pooled
-from bunny_lora.model.fast.attention import Shape, attention
+from bunny_lora.model.fast.attention import N_WORDS, Shape, attention
 
 PLAIN = "plain"
 NATIVE = "native attention "
@@ -24,7 +24,6 @@ LORA = "LoRA without casts"
 AND = "; "
 WORTH_IT = 1.1
 """How many times as fast it has to be; less is within what a trial on a busy machine is off by."""
-N_WORDS = 77
 N_TRIALS = 5
 # Tokens and heads of a trial: enough for both sides to show what they are, in well under a second.
 MAX_TOKENS, MAX_HEADS = 1024, 8
