@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GAPS = 1.2  # what the allocator takes for each byte of tensors
 REPACKED = {torch.float32: 0.5, torch.bfloat16: 0.28}  # of the weights, in the layout of CPU kernels
 SPARE = 0.25e9  # for whatever else the user does
-PLENTY = 100  # times the weights are free: no need to rehearse
+PLENTY = 10  # times the weights, and a GB: so much is free that a rehearsal, of 3 s, is not needed
 
 
 class _Counter(TorchDispatchMode):
@@ -138,7 +138,8 @@ def check(setup: Setup) -> None:
         BunnyLoraError: a step needs more than is free; says how much, and what to lower.
     """
     config, training = setup.config, setup.config.training
-    if _plenty(setup.parts, training.batch_size, config.resolution):
+    trained = 16 * sum(p.numel() for p in setup.trainable())  # weights, gradients and moments
+    if _plenty(setup.parts, training.batch_size, config.resolution, trained):
         return
     ways = {
         "training.gradient_checkpointing: true": not training.gradient_checkpointing,
@@ -153,9 +154,10 @@ def check(setup: Setup) -> None:
     _refuse_above(step_bytes(setup), setup.parts, "A training step", helping)
 
 
-def _plenty(parts: Components, batch_size: int, resolution: int) -> bool:
+def _plenty(parts: Components, batch_size: int, resolution: int, trained_bytes: int = 0) -> bool:
     n_times = max(1, batch_size * (resolution / 512) ** 2)
-    return devices.free_bytes(parts.device) > PLENTY * n_times * _weights(parts.unet)
+    enough = n_times * (PLENTY * _weights(parts.unet) + 1e9) + trained_bytes
+    return devices.free_bytes(parts.device) > enough
 
 
 def _lower_resolution(resolution: int) -> str:
