@@ -108,7 +108,7 @@ class TrainingSection(Section):
     """Compute parts twice instead of keeping them: less memory, more time."""
     low_memory: bool = False
     """Of UNet, text encoder and VAE only what computes is in memory, the others wait on the disk: the
-    same bytes, some seconds a picture, below 2 GB for BK-SDM-Tiny at 512 px in bf16."""
+    same bytes, a little slower, below 2 GB for BK-SDM-Tiny at 512 px in bf16."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are cut to this length."""
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
