@@ -88,7 +88,7 @@ readers: $(INSTALLED) | $(READERS) ## Have other programs draw with what we expo
 # RESOLUTION makes it smaller where 512 px takes too long: make bench RESOLUTION=128
 RESOLUTION ?= 512
 BENCH := --append docs/benchmarks.md
-bench: $(INSTALLED) ## Time training, drawing, starting and growth, and add it to docs/benchmarks.md
+bench: $(INSTALLED) ## Measure training, drawing, starting, growth and memory, and add it to docs/benchmarks.md
 	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/draw.py --resolution $(RESOLUTION) $(BENCH)
 	if [ -d $(READERS) ]; then PYTHONPATH=$(READERS) $(BIN)/python benchmarks/draw_cpp.py $(BENCH); \
@@ -96,6 +96,7 @@ bench: $(INSTALLED) ## Time training, drawing, starting and growth, and add it t
 	$(BIN)/python benchmarks/start.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/growth.py $(BENCH)
 	$(BIN)/python benchmarks/plan.py $(BENCH)
+	$(BIN)/python benchmarks/memory.py --resolution $(RESOLUTION) $(BENCH)
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace

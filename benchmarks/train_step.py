@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                      # the real shape, 512 px
     python benchmarks/train_step.py --quick                              # toy size, in seconds
     python benchmarks/train_step.py --resolution 128 --append docs/benchmarks.md
+    python benchmarks/train_step.py --mixed-precision no --fast-path off --sides ancestor plain
 
 All sides take turns in one process, so that what else the machine does falls on each of them; the table
 has medians, spread and the load.
@@ -10,35 +11,35 @@ has medians, spread and the load.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import measuring
 import torch
+from measuring import Seconds
 from rivals import SEED, Ancestor, DiffusersScript
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from bunny_lora.config import validate
 from bunny_lora.dataset import ImageDataset
-from bunny_lora.model import components, devices
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import choice
+from bunny_lora.model.fast import choice, pooled
 from bunny_lora.model.fast.choice import FastPath
 from bunny_lora.trainer import LoRATrainer
+from bunny_lora.training import fingerprint
 from bunny_lora.training.latents import Batch
 from bunny_lora.world.film import write_film
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def open_trainer(base_model: str, resolution: int, *, checkpointing: bool = False) -> LoRATrainer:
+def open_trainer(base_model: str, resolution: int, precision: str, fast_path: str) -> LoRATrainer:
     """Return a trainer with its data encoded and its model loaded, in a project of its own."""
-    write_film(Path(os.environ["BUNNY_LORA_ROOT"]) / "outputs" / "film", n_frames=2)
+    write_film(Path(os.environ["BUNNY_LORA_ROOT"]) / "outputs" / "film", n_frames=1)
     section = {
         "base_model": base_model,
         "source": "outputs/film",
@@ -46,8 +47,8 @@ def open_trainer(base_model: str, resolution: int, *, checkpointing: bool = Fals
         "training": {
             "batch_size": 1,
             "seed": SEED,
-            "gradient_checkpointing": checkpointing,
-            "fast_path": "auto",
+            "mixed_precision": precision,
+            "fast_path": fast_path,
         },
     }
     trainer = LoRATrainer(config=validate(section))
@@ -69,13 +70,15 @@ def first_batch(trainer: LoRATrainer) -> tuple[torch.Tensor, torch.Tensor, Batch
 
 
 def sides(
-    trainer: LoRATrainer, rivals: dict[str, Ancestor | DiffusersScript], paths: dict[str, FastPath]
+    trainer: LoRATrainer,
+    rivals: dict[str, Ancestor | DiffusersScript],
+    paths: dict[str, tuple[FastPath, int]],
 ) -> dict[str, Callable[[], None]]:
     """Return what is compared, by name; each is one picture, forwards, backwards and an update."""
     setup, first = trainer.setup, first_batch(trainer)
 
-    def ours(path: FastPath) -> None:
-        choice.install(setup.parts.unet, path)
+    def ours(path: FastPath, factor: int) -> None:
+        choice.install(setup.parts.unet, path, factor)
         setup.learner.loss(0).backward()
         choice.remove(setup.parts.unet)
         setup.state.optimizer.step()
@@ -83,18 +86,28 @@ def sides(
 
     return {
         **{name: partial(rival.step, *first) for name, rival in rivals.items()},
-        **{f"ours, {name}": partial(ours, path) for name, path in paths.items()},
+        **{f"ours, {name}": partial(ours, *path) for name, path in paths.items()},
     }
 
 
-def fast_paths(chosen: FastPath) -> dict[str, FastPath]:
-    """Return the plain path, each change alone, and the one that `fast_path: auto` takes here."""
-    found = {"plain": FastPath([], lora=False)}
+POOLED = "pooled_attention: 2"
+
+
+def fast_paths(trainer: LoRATrainer) -> dict[str, tuple[FastPath, int]]:
+    """Return the plain path, each change alone, what training.fast_path takes, and an approximation."""
+    config, chosen = trainer.config, choice.read(trainer.setup.fast_path)
+    name = f"fast_path: {config.training.fast_path}"
+    found = {"plain": (FastPath([], lora=False), 1)}
     if chosen.shapes:
-        found["native attention"] = chosen._replace(lora=False)
+        found["native attention"] = (chosen._replace(lora=False), 1)
     if chosen.lora:
-        found["LoRA without casts"] = FastPath([], lora=True)
-    return found | ({"fast_path: auto": chosen} if len(found) == 3 else {})
+        found["LoRA without casts"] = (FastPath([], lora=True), 1)
+    if chosen != found["plain"][0]:
+        found[name] = (chosen, 1)
+    if pooled.applies_to(trainer.setup.parts.unet):
+        *about, _ = fingerprint.about_fast_path(config)
+        found[f"{name}, {POOLED}"] = (choice.read(choice.choose(*about, 2)), 2)
+    return found
 
 
 def loss_difference(trainer: LoRATrainer, rival: Ancestor | DiffusersScript) -> float:
@@ -128,70 +141,63 @@ def count_flops(trainer: LoRATrainer) -> int:
     return counter.get_total_flops()
 
 
-def memory_alone(options: list[str]) -> str:
-    """Return the most memory of a process that does nothing but our training, GB of 10^9."""
-    command = [sys.executable, __file__, "--memory", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-
-
-def measure(base_model: str, resolution: int, repeats: int) -> str:
-    """Measure everything and return the section of docs/benchmarks.md."""
-    load = os.getloadavg()[0]
-    own = ["--base-model", base_model, "--resolution", str(resolution)]
-    memory = {kind: memory_alone([*own, *extra]) for kind, extra in MEMORY.items()}
-    trainer = open_trainer(base_model, resolution)
+def measure(options: argparse.Namespace) -> str:
+    """Measure everything, or the sides that are wanted; return the section of docs/benchmarks.md."""
+    base_model, resolution = options.base_model, options.resolution
+    repeats, wanted, load = options.repeats, options.sides, os.getloadavg()[0]
+    trainer = open_trainer(base_model, resolution, options.mixed_precision, options.fast_path)
     parts: Components = trainer.setup.parts
-    rivals = {
-        "the ancestor's loop": Ancestor(trainer),
-        "diffusers' script": DiffusersScript(trainer),
-    }
-    apart = ", ".join(f"{name} {loss_difference(trainer, r):.1e}" for name, r in rivals.items())
-    place = (Path(components.resolve_base_model(base_model)), resolution, parts.device, parts.dtype)
-    paths = fast_paths(choice.read(choice.choose("auto", *place)))
-    peak, flops = peak_flops(parts.dtype, 2048 if resolution > 64 else 256), count_flops(trainer)
-    times = measuring.take_turns(sides(trainer, rivals, paths), repeats)
-    best = statistics.median(s.wall for s in list(times.values())[-1])
+
+    def is_wanted(name: str) -> bool:
+        return not wanted or any(part in name for part in wanted)
+
+    kinds = {"the ancestor's loop": Ancestor, "diffusers' script": DiffusersScript}
+    rivals = {name: kind(trainer) for name, kind in kinds.items() if is_wanted(name)}
+    paths = {name: path for name, path in fast_paths(trainer).items() if is_wanted(name)}
     facts = [
-        f"{base_model} at {resolution} px, one image at a time, {parts.dtype}".replace("torch.", ""),
-        f"losses of the same micro-batch, away from ours: {apart}",
-        f"{choice.explain(*place)}; sides in turns, medians of {repeats}",
-        f"the last row does {flops / 1e12:.3g} TFLOP at {flops / best / peak:.0%} of the"
-        f" {peak / 1e12:.3g} TFLOP/s of a product of large matrices",
-        "most memory of a process that encodes two pictures and trains: "
-        + ", ".join(f"{gb} GB {kind}" for kind, gb in memory.items()),
+        f"{base_model} at {resolution} px, one image at a time, {parts.dtype}".replace("torch.", "")
     ]
+    if rivals:
+        apart = ", ".join(f"{name} {loss_difference(trainer, r):.1e}" for name, r in rivals.items())
+        facts.append(f"losses of the same micro-batch, away from ours: {apart}")
+    if options.fast_path != "off":
+        facts.append(choice.explain(*fingerprint.about_fast_path(trainer.config)[1:]))
+    warm_up = not options.no_warm_up
+    facts.append(f"sides in turns, medians of {repeats}" + ", none to warm up" * options.no_warm_up)
+    times = measuring.take_turns(sides(trainer, rivals, paths), repeats, warm_up=warm_up)
+    if not wanted:
+        facts.append(_of_the_peak(trainer, times, resolution))
     return measuring.section("A training image", facts, measuring.table(times, "an image"), load)
 
 
-MEMORY: dict[str, list[str]] = {
-    "with fast_path: auto": [],
-    "with gradient checkpointing": ["--checkpointing"],
-}
-
-
-def train_alone(base_model: str, resolution: int, *, checkpointing: bool) -> None:
-    """Do two steps as a run does them, and print the most memory of this process."""
-    trainer = open_trainer(base_model, resolution, checkpointing=checkpointing)
-    for position in range(2):
-        trainer.setup.learner.loss(position).backward()
-        trainer.setup.state.optimizer.step()
-        trainer.setup.state.optimizer.zero_grad()
-    print(f"{devices.peak_memory_gb(trainer.setup.parts.device):.2f}")
+def _of_the_peak(trainer: LoRATrainer, times: dict[str, list[Seconds]], resolution: int) -> str:
+    """Return in words which share of the machine's best our fastest exact side reaches."""
+    exact = {
+        name: side for name, side in times.items() if name.startswith("ours") and POOLED not in name
+    }
+    name, best = list(exact.items())[-1]
+    seconds = statistics.median(s.wall for s in best)
+    peak = peak_flops(trainer.setup.parts.dtype, 2048 if resolution > 64 else 256)
+    flops = count_flops(trainer)
+    return (
+        f"{name}: {flops / 1e12:.3g} TFLOP at {flops / seconds / peak:.0%} of the {peak / 1e12:.3g}"
+        " TFLOP/s of a product of large matrices"
+    )
 
 
 def main() -> None:
     """Measure, print, and append to a file where one is named."""
     parser = measuring.arguments(__doc__, resolution=512, repeats=5)
     parser.add_argument("--quick", action="store_true", help="random-tiny at 64 px")
-    parser.add_argument("--memory", action="store_true", help="only our memory, in this process")
-    parser.add_argument("--checkpointing", action="store_true", help="with --memory")
+    parser.add_argument("--mixed-precision", default="auto", help="as training.mixed_precision")
+    parser.add_argument("--fast-path", default="auto", help="as training.fast_path")
+    parser.add_argument("--sides", nargs="+", default=[], help="parts of names; all, if none is named")
+    parser.add_argument("--no-warm-up", action="store_true", help="have the first turn count")
     options = parser.parse_args()
-    small = ("random-tiny", 64) if options.quick else (options.base_model, options.resolution)
+    if options.quick:
+        options.base_model, options.resolution = "random-tiny", 64
     with measuring.project():
-        if options.memory:
-            train_alone(*small, checkpointing=options.checkpointing)
-            return
-        text = measure(*small, options.repeats)
+        text = measure(options)
     measuring.report(text, options.append)
 
 

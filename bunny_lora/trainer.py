@@ -281,6 +281,7 @@ class LoRATrainer:
             return lambda: None
         with interrupts.stoppable():
             held_out = Validation(self.setup) if self.group.is_main else None
+            self.setup.offload_unused()
 
         def measure() -> None:
             assert held_out is not None  # Only the main process measures.

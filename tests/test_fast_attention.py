@@ -12,7 +12,14 @@ from bunny_lora.core.sections import LoRASection
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters
 from bunny_lora.model.fast import native
-from bunny_lora.model.fast.attention import NativeAttnProcessor, Shape, attention, install, remove
+from bunny_lora.model.fast.attention import (
+    NativeAttnProcessor,
+    Shape,
+    attention,
+    install,
+    is_known,
+    remove,
+)
 from bunny_lora.model.random_models import TINY
 
 # batch, heads, queries, keys, features; the kernel's tiles are 128 keys by 48 or 96 queries.
@@ -192,6 +199,17 @@ def test_shapes_that_were_not_chosen_go_the_plain_way(monkeypatch):
     monkeypatch.setattr(native, "forward", lambda *_: pytest.fail("was called"))
     ours = prediction_and_gradients(unet, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_a_wide_picture_goes_the_way_of_the_square_of_its_area():
+    """With `aspect_buckets` no whole frame of a film has the tokens of a square."""
+    square = [Shape(64, 64, 8), Shape(64, 77, 8)]
+    assert is_known(Shape(60, 60, 8), square)
+    assert is_known(Shape(60, 77, 8), square)
+    assert not is_known(Shape(60, 77, 8), square[:1]), "words were tried on their own"
+    assert not is_known(Shape(60, 60, 8), square[1:])
+    assert not is_known(Shape(60, 60, 16), square)
+    assert not is_known(Shape(15, 15, 8), square), "the next level"
 
 
 def test_removing_leaves_the_model_as_it_was():

@@ -83,9 +83,8 @@ def test_the_estimate_is_what_a_real_step_takes(
         trainer.setup.learner.loss(0).backward()
         trainer.setup.state.optimizer.step()
     moments = sum(2 * 4 * p.numel() for p in trainer.setup.trainable())
-    packed = memory.REPACKED * sum(
-        p.numel() * p.element_size() for p in trainer.setup.parts.unet.parameters()
-    )
+    unet = trainer.setup.parts.unet
+    packed = memory.REPACKED[unet.dtype] * sum(p.numel() * p.element_size() for p in unet.parameters())
     tensors = (estimated - moments - packed) / memory.GAPS
     assert measured.peak == pytest.approx(tensors, rel=0.02)
     assert measured.peak + moments < estimated
@@ -116,7 +115,7 @@ def test_pictures_that_do_not_fit_are_refused_before_the_first_is_encoded(
 
 def test_a_picture_needs_four_times_as_much_at_twice_the_side(tiny_model: str) -> None:
     parts = components.load_components(tiny_model, torch.device("cpu"), torch.float32)
-    fixed = memory.REPACKED * sum(4 * p.numel() for p in parts.vae.parameters())
+    fixed = memory.REPACKED[torch.float32] * sum(4 * p.numel() for p in parts.vae.parameters())
     small, large = (memory.image_bytes(parts, side) - fixed for side in (256, 512))
     assert large == pytest.approx(4 * small, rel=0.2)
 

@@ -95,7 +95,9 @@ def test_a_plan_counts_the_run_and_leaves_nothing_behind(
     assert found.seen == (2.4, 7.2)
     assert len(found.pieces.micro_batch) == 2
     assert min(*found.pieces.micro_batch, found.pieces.denoise, found.pieces.encode) > 0
-    assert set(found.saved) == {"resolution: 96", "resolution: 64", "lora.rank: 1"}
+    pooled = "training.pooled_attention: 2 (an approximation; with it, a plan says how close)"
+    assert set(found.saved) == {"resolution: 96", "resolution: 64", "lora.rank: 1", pooled}
+    assert "approximation  " not in str(found)
     assert 1 in found.by_threads
     assert sorted(project.rglob("*")) == before
     trainer.load()

@@ -106,6 +106,9 @@ class TrainingSection(Section):
     """Batches a step: more make steadier steps, each longer by as much."""
     gradient_checkpointing: bool = False
     """Compute parts twice instead of keeping them: less memory, more time."""
+    low_memory: bool = False
+    """Of UNet, text encoder and VAE only what computes is in memory, the others wait on the disk: the
+    same bytes, a little slower, below 2 GB for BK-SDM-Tiny at 512 px in bf16."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are cut to this length."""
     caption_tag_dropout: float = Field(0.0, ge=0, lt=1)
@@ -119,6 +122,10 @@ class TrainingSection(Section):
     """On a CPU, the same to rounding. auto: native attention where a trial on this machine finds it
     faster than torch's, and in bf16 LoRA without casts to float32, which a run that goes on keeps; on:
     both everywhere; off: as diffusers and PEFT compute."""
+    pooled_attention: int | None = Field(None, ge=2, le=4)
+    """An approximation, in training alone: 2 averages keys and values of the largest self-attention
+    over 2 x 2 tokens, which takes a quarter of its work. `bunny-lora plan` says how far that moves what
+    is learnt. null: exact."""
     snr_gamma: float | None = Field(None, gt=0)
     """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
     seed: int = Field(42, ge=0)

@@ -31,6 +31,13 @@ WORLD_WEIGHTS = Path(__file__).parents[1] / "world" / "weights"
 """What the package brings: `sd/`, the pipeline that `base_model: bunny-world` names, and `clip/`."""
 
 
+PART_CLASSES = {
+    "unet": (UNet2DConditionModel, "torch_dtype"),
+    "text_encoder": (CLIPTextModel, "dtype"),
+    "vae": (AutoencoderKL, "torch_dtype"),
+}
+
+
 @dataclass
 class Components:
     """The parts that training needs; all frozen and in eval mode until an adapter is attached."""
@@ -157,18 +164,9 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
     Raises:
         BunnyLoraError: there is no such model here, and none could be had from the hub.
     """
-    variant = variants.variants(Path(resolve_base_model(base_model)))
-    variants.tell(base_model, variant)
-    models = {
-        part: _load(model, base_model, part, variant=variant[part], **{dtype_key: dtype})
-        for part, model, dtype_key in (
-            ("text_encoder", CLIPTextModel, "dtype"),
-            ("vae", AutoencoderKL, "torch_dtype"),
-            ("unet", UNet2DConditionModel, "torch_dtype"),
-        )
-    }
-    for model in models.values():
-        model.requires_grad_(False).eval().to(device)
+    variants.tell(base_model, variants.variants(Path(resolve_base_model(base_model))))
+    # The largest first: files in full precision take twice what is kept, while they are read.
+    models = {part: load_part(base_model, part, device, dtype) for part in PART_CLASSES}
     return Components(
         tokenizer=load_tokenizer(base_model),
         noise_scheduler=load_noise_scheduler(base_model),
@@ -178,15 +176,25 @@ def load_components(base_model: str, device: torch.device, dtype: torch.dtype) -
     )
 
 
+def load_part(base_model: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load "unet", "text_encoder" or "vae" alone, frozen, in `dtype` on `device`.
+
+    Raises:
+        BunnyLoraError: there is no such model here, and none could be had from the hub.
+    """
+    model, dtype_key = PART_CLASSES[part]
+    variant = variants.variants(Path(resolve_base_model(base_model)))[part]
+    loaded = _load(model, base_model, part, variant=variant, **{dtype_key: dtype})
+    return loaded.requires_grad_(False).eval().to(device)
+
+
 def load_vae(base_model: str, device: torch.device) -> AutoencoderKL:
     """Load the autoencoder alone, frozen, in full precision.
 
     Raises:
         BunnyLoraError: there is no such model here, and none could be had from the hub.
     """
-    variant = variants.variants(Path(resolve_base_model(base_model)))["vae"]
-    vae = _load(AutoencoderKL, base_model, "vae", variant=variant, torch_dtype=torch.float32)
-    return vae.requires_grad_(False).eval().to(device)
+    return load_part(base_model, "vae", device, torch.float32)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ HARMLESS = {
     "num_workers", "pin_memory",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
-    "training.num_validation_images", "training.trackers", "prior_preservation.class_data_dir",
+    "training.num_validation_images", "training.trackers", "training.low_memory",
+    "prior_preservation.class_data_dir",
 }  # fmt: skip
 
 # Told by what they come to on this machine, in the environment below.
@@ -116,10 +117,11 @@ def fast_path_of(config: Config) -> str:
     return choice.choose(*about_fast_path(config))
 
 
-def about_fast_path(config: Config) -> tuple[str, Path, int, torch.device, torch.dtype]:
+def about_fast_path(config: Config) -> tuple[str, Path, int, torch.device, torch.dtype, int]:
     """Return what `choice.choose` and `choice.explain` take."""
     folder = Path(components.resolve_base_model(config.base_model))
-    return config.training.fast_path, folder, config.resolution, *_place(config)
+    training, factor = config.training, config.training.pooled_attention or 1
+    return training.fast_path, folder, config.resolution, *_place(config), factor
 
 
 def _place(config: Config) -> tuple[torch.device, torch.dtype]:

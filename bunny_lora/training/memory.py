@@ -22,12 +22,15 @@ from bunny_lora.model.components import Components
 if TYPE_CHECKING:
     from bunny_lora.training.setup import Setup
 
-# Fitted on random-bk-sdm-tiny, float32, 2 threads. A step took 0.48 GB at 256 px, 1.71 GB at 512 px and
-# 1.26 GB there with gradient checkpointing; tensors alone are 0.26, 1.01 and 0.36 GB.
+# Fitted on random-bk-sdm-tiny, 2 threads. A step in float32 took 0.48 GB at 256 px, 1.71 GB at 512 px
+# and 1.26 GB there with gradient checkpointing; tensors alone are 0.26, 1.01 and 0.36 GB. In bfloat16
+# at 512 px: 0.70 GB on the fast path, 0.44 GB with gradient checkpointing, 1.35 GB with two images,
+# 1.27 GB with LoRA on all layers, 1.05 GB on the plain path; the formula gives 0.79, 0.40, 1.40, 1.22
+# and 0.96.
 GAPS = 1.2  # what the allocator takes for each byte of tensors
-REPACKED = 0.5  # of the weights: copies in the layout of the CPU's kernels
+REPACKED = {torch.float32: 0.5, torch.bfloat16: 0.28}  # of the weights, in the layout of CPU kernels
 SPARE = 0.25e9  # for whatever else the user does
-PLENTY = 100  # times the weights are free: no need to rehearse
+PLENTY = 10  # times the weights, and a GB: so much is free that a rehearsal, of 3 s, is not needed
 
 
 class _Counter(TorchDispatchMode):
@@ -70,26 +73,27 @@ def step_bytes(setup: Setup) -> float:
     count = training.batch_size * (2 if config.prior_preservation.enabled else 1)
     side, device = config.resolution // 8, parts.device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    unet, text_encoder = _to_fake(parts.unet, mode), _to_fake(parts.text_encoder, mode)
+    unet, is_trained = _to_fake(parts.unet, mode), config.lora.train_text_encoder
+    text_encoder = _to_fake(parts.text_encoder, mode) if is_trained else None
     with mode, torch.enable_grad():
         latents = torch.empty(count, parts.unet.config.in_channels, side, side, device=device)
         tokens = torch.zeros(count, parts.tokenizer.model_max_length, dtype=torch.long, device=device)
         timesteps = torch.zeros(count, dtype=torch.long, device=device)
+        width = parts.unet.config.cross_attention_dim
+        words = torch.empty(*tokens.shape, width, dtype=parts.dtype, device=device)
         with _Counter() as counter:
-            with torch.set_grad_enabled(config.lora.train_text_encoder):
-                hidden = text_encoder(tokens)[0]
+            hidden = text_encoder(tokens)[0] if text_encoder else words
             prediction = unet(latents.to(parts.dtype), timesteps, hidden).sample
             torch.nn.functional.mse_loss(prediction.float(), latents).backward()
     moments = sum(2 * p.numel() * p.element_size() for p in setup.trainable())
-    packed = REPACKED * _weights(parts.unet) if device.type == "cpu" else 0
-    return GAPS * counter.peak + moments + packed
+    return GAPS * counter.peak + moments + _repacked(parts, parts.unet)
 
 
 def image_bytes(parts: Components, resolution: int) -> float:
     """Return the most that the VAE needs to decode one picture; encoding one needs less.
 
     For 512 px in float32 that is 1.13 GB with the constants above, and 1.23 GB were measured; in
-    bfloat16 0.57 and 0.76 GB; for 256 px in float32 0.41 and 0.44 GB: `SPARE` covers the difference.
+    bfloat16 0.53 and 0.76 GB; for 256 px in float32 0.41 and 0.44 GB: `SPARE` covers the difference.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     vae: Any = _to_fake(parts.vae, mode)
@@ -99,8 +103,11 @@ def image_bytes(parts: Components, resolution: int) -> float:
         latents = torch.empty(shape, dtype=parts.dtype, device=parts.device)
         with _Counter() as counter:
             vae.decode(latents)
-    packed = REPACKED * _weights(parts.vae) if parts.device.type == "cpu" else 0
-    return GAPS * counter.peak + packed
+    return GAPS * counter.peak + _repacked(parts, parts.vae)
+
+
+def _repacked(parts: Components, model: torch.nn.Module) -> float:
+    return REPACKED[parts.dtype] * _weights(model) if parts.device.type == "cpu" else 0
 
 
 def _weights(model: torch.nn.Module) -> int:
@@ -131,10 +138,12 @@ def check(setup: Setup) -> None:
         BunnyLoraError: a step needs more than is free; says how much, and what to lower.
     """
     config, training = setup.config, setup.config.training
-    if _plenty(setup.parts, training.batch_size, config.resolution):
+    trained = 16 * sum(p.numel() for p in setup.trainable())  # weights, gradients and moments
+    if _plenty(setup.parts, training.batch_size, config.resolution, trained):
         return
     ways = {
         "training.gradient_checkpointing: true": not training.gradient_checkpointing,
+        "training.low_memory: true": not training.low_memory,
         f"training.batch_size below {training.batch_size} (more gradient_accumulation_steps make up"
         " for it)": training.batch_size > 1,
         _lower_resolution(config.resolution): True,
@@ -145,9 +154,10 @@ def check(setup: Setup) -> None:
     _refuse_above(step_bytes(setup), setup.parts, "A training step", helping)
 
 
-def _plenty(parts: Components, batch_size: int, resolution: int) -> bool:
+def _plenty(parts: Components, batch_size: int, resolution: int, trained_bytes: int = 0) -> bool:
     n_times = max(1, batch_size * (resolution / 512) ** 2)
-    return devices.free_bytes(parts.device) > PLENTY * n_times * _weights(parts.unet)
+    enough = n_times * (PLENTY * _weights(parts.unet) + 1e9) + trained_bytes
+    return devices.free_bytes(parts.device) > enough
 
 
 def _lower_resolution(resolution: int) -> str:

@@ -69,7 +69,7 @@ class Plan:
     """A run as it would be. Bytes are GB of 10^9; `saved` are seconds by the change that saves them.
 
     `seen` says how often each frame is seen, `characters` how often each character; `by_threads` are
-    seconds of a micro-batch.
+    seconds of a micro-batch. `approximation` says how far one that was chosen moves what is learnt.
     """
 
     work: Work
@@ -84,6 +84,7 @@ class Plan:
     by_threads: dict[int, float]
     threads: int
     saved: dict[str, float]
+    approximation: str = ""
 
     @property
     def seconds(self) -> float:
@@ -113,6 +114,7 @@ class Plan:
             "characters": ", ".join(f"{name} {n:.0f} times" for name, n in self.characters.items())
             or "nobody is named",
             "threads": self._threads(),
+            **({"approximation": self.approximation} if self.approximation else {}),
             "would save": "\n               ".join(self._savings()) or "nothing that was tried",
         }
         return "\n".join(f"{name:<15}{text}" for name, text in lines.items())

@@ -24,8 +24,9 @@ from bunny_lora.data.frames import Sample
 from bunny_lora.dataset import ImageDataset
 from bunny_lora.model import components, devices
 from bunny_lora.model.components import Components
+from bunny_lora.model.fast import pooled
 from bunny_lora.prepare import read_split
-from bunny_lora.training import checkpoint, latents, memory, setup, validation
+from bunny_lora.training import approximation, checkpoint, latents, memory, setup, validation
 from bunny_lora.training.latents import EncodedImages
 from bunny_lora.training.plan import Pieces, Plan, Work, count_work, often
 from bunny_lora.training.setup import Setup
@@ -54,6 +55,8 @@ def make_plan(config: Config) -> Plan:
     started = time.perf_counter()
     parts = setup.load_parts(config)
     pipe = components.pipeline_from(parts, config.base_model)
+    if config.training.low_memory:
+        setup.take_turns(parts, config)
     load_sec = time.perf_counter() - started
     samples, _ = read_split(config)
     data = setup.image_dataset(config, parts, samples)
@@ -71,6 +74,7 @@ def make_plan(config: Config) -> Plan:
             memory_gb, free_gb = devices.peak_memory_gb(parts.device), _free_gb(parts)
             checkpoint_bytes = _checkpoint_bytes(run, Path(folder))
             by_threads = _by_threads(run, statistics.mean(micro_batch))
+            moved = approximation.describe(run)
         pieces = Pieces(load_sec, encode_sec, caption_sec, tuple(micro_batch), denoise_sec, decode_sec)
         saved = dict(_savings(config, parts, pipe, few, work, pieces))
     n_kept = config.training.keep_checkpoints or work.n_milestones
@@ -89,6 +93,7 @@ def make_plan(config: Config) -> Plan:
         by_threads=by_threads,
         threads=torch.get_num_threads(),
         saved=saved,
+        approximation=moved,
     )
 
 
@@ -223,7 +228,7 @@ def _savings(
 ) -> Iterator[tuple[str, float]]:
     """Yield changes of the configuration and the seconds that they save, each tried on its own."""
     whole = sum(pieces.seconds(work).values())
-    for name, changes in _cheaper(config):
+    for name, changes in _cheaper(config, parts):
         other = validate(merge(config.model_dump(mode="json"), changes))
         cut = replace(images, latent_size=other.resolution // 8)
         with _tried(other, parts, pipe, cut) as run:
@@ -243,13 +248,16 @@ def _savings(
         yield name, whole - sum(pieces.seconds(fewer).values())
 
 
-def _cheaper(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+def _cheaper(config: Config, parts: Components) -> Iterator[tuple[str, dict[str, Any]]]:
     for share in (0.75, 0.5):
         if (side := int(config.resolution * share) // 8 * 8) >= MIN_SIDE:
             yield f"resolution: {side}", {"resolution": side}
     if config.lora.rank > 1:
         rank = config.lora.rank // 2
         yield f"lora.rank: {rank}", {"lora": {"rank": rank}}
+    if pooled.applies_to(parts.unet) and config.training.pooled_attention is None:
+        name = "training.pooled_attention: 2 (an approximation; with it, a plan says how close)"
+        yield name, {"training": {"pooled_attention": 2}}
     if config.lora.train_text_encoder:
         yield "lora.train_text_encoder: false", {"lora": {"train_text_encoder": False}}
     if config.training.gradient_checkpointing:

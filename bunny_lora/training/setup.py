@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ from bunny_lora.core import paths, ranks
 from bunny_lora.data import shots
 from bunny_lora.data.frames import Sample
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import adapters, components, devices, formats, preview, prompts, targets
+from bunny_lora.model import adapters, components, devices, formats, offload, preview, prompts, targets
 from bunny_lora.model.components import Components
-from bunny_lora.model.fast import allocator, choice
+from bunny_lora.model.fast import allocator, choice, pooled
 from bunny_lora.model.formats import LoRA
 from bunny_lora.model.image_encoder import load_image_encoder
 from bunny_lora.prepare import read_split
@@ -60,13 +60,23 @@ class Setup:
         return _trainable(self.parts, self.state.models)
 
     def set_training_mode(self, training: bool) -> None:
-        """Switch dropout and the fast path on for training, off for drawing."""
+        """Switch dropout and the fast path on for training, off for drawing.
+
+        VAE and text encoder leave memory while they have nothing to do, and come back by themselves.
+        """
         for part in self.state.models:
             getattr(self.parts, part).train(training)
         if training:
-            choice.install(self.parts.unet, choice.read(self.fast_path))
+            factor = self.config.training.pooled_attention or 1
+            choice.install(self.parts.unet, choice.read(self.fast_path), factor)
+            self.offload_unused()
         else:
             choice.remove(self.parts.unet)
+
+    def offload_unused(self) -> None:
+        """Let go of what encodes pictures and captions, but for what is trained."""
+        for part in {"vae", "text_encoder"} - self.state.models.keys():
+            _offload(self.parts, part, self.config)
 
 
 def set_up(
@@ -91,6 +101,8 @@ def set_up(
         samples, held_out = read_split(config)
         if config.held_out:
             print(shots.told(samples, held_out))
+        if config.training.low_memory:
+            take_turns(parts, config)
         images = encode(config, parts, samples, config.data_path.parent, "training")
         for line in _idle(config, images):
             print(line)
@@ -112,10 +124,15 @@ def load_parts(config: Config) -> Components:
     """
     device = devices.resolve_device(config.device)
     dtype = devices.resolve_dtype(config.training.mixed_precision, device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not config.training.low_memory:
         allocator.keep_freed_memory()
     parts = components.load_components(config.base_model, device, dtype)
     memory.check_images(parts, config.resolution)
+    if config.training.pooled_attention and not pooled.applies_to(parts.unet):
+        raise BunnyLoraError(
+            f"training.pooled_attention: {config.training.pooled_attention} does nothing:"
+            f" {config.base_model} does not attend at the size of its latents. Leave it out."
+        )
     if config.sampling.preview_decoder is not None:
         preview.load_decoder(config.sampling.preview_decoder, dtype, device)
     for part in _trained_parts(config):
@@ -133,6 +150,9 @@ def assemble(
     group: ProcessGroup = ProcessGroup(),  # noqa: B008
 ) -> Setup:
     """Attach fresh LoRA to a base model that is loaded, and put a run together around it."""
+    if config.training.low_memory:
+        _offload(parts, "vae", config)
+    offload.onload(parts.unet)  # LoRA is put into what is here.
     if config.training.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
         if config.lora.train_text_encoder:
@@ -146,6 +166,28 @@ def assemble(
     state = TrainingState(models, optimizer, lr_scheduler, scaler)
     fast_path = _fast_path_here(start.fast_path or fingerprint.fast_path_of(config), parts)
     return Setup(config, parts, pipe, learner, state, group, "", None, start.history, fast_path)
+
+
+def _offload(parts: Components, part: str, config: Config) -> None:
+    offload.offload(getattr(parts, part), config.data_path.parent)
+
+
+def take_turns(parts: Components, config: Config) -> None:
+    """Have UNet and text encoder away while the VAE works, and these two while the UNet does."""
+    trained = _trained_parts(config)
+
+    def leave(*names: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            for part in names:
+                if part == "unet" or part not in trained:
+                    _offload(parts, part, config)
+
+        return hook
+
+    for half in (parts.vae.encoder, parts.vae.decoder):
+        half.register_forward_pre_hook(leave("unet", "text_encoder"))
+    parts.vae.decoder.register_forward_hook(leave("vae"))
+    parts.unet.register_forward_pre_hook(leave("vae", "text_encoder"))
 
 
 def _idle(config: Config, images: EncodedImages) -> list[str]:

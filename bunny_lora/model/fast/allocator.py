@@ -30,3 +30,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = ((M_MMAP_MAX, NO_MMAP), (M_TRIM_THRESHOLD, NEVER_TRIM), (M_TOP_PAD, TOP_PAD_BYTES))
     return mallopt is not None and all(mallopt(name, value) for name, value in settings)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give the system what is free now, kept or not; nothing with another C library."""
+    if trim := sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

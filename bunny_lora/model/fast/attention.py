@@ -22,6 +22,24 @@ class Shape(NamedTuple):
         return "x".join(map(str, self))
 
 
+N_WORDS = 77
+"""Tokens of a caption."""
+
+
+def is_known(found: Shape, shapes: Collection[Shape]) -> bool:
+    """Whether an attention is one of those that were tried on square pictures, or that of a wide one.
+
+    A picture of another shape has about the square's area, and the next level a quarter of it.
+    """
+    return any(
+        found.features == shape.features
+        and (found.keys == N_WORDS) == (shape.keys == N_WORDS)
+        and 0.5 < found.queries / shape.queries < 2
+        and 0.5 < found.keys / shape.keys < 2
+        for shape in shapes
+    )
+
+
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -69,8 +87,10 @@ class NativeAttnProcessor:
         """Compute as diffusers' processors do; further arguments are theirs."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         features = attn.inner_dim // attn.heads
-        known = hidden_states.ndim == 3 and attention_mask is None
-        if not known or Shape(hidden_states.shape[1], context.shape[1], features) not in self.shapes:
+        plain = hidden_states.ndim != 3 or attention_mask is not None
+        if plain or not is_known(
+            Shape(hidden_states.shape[1], context.shape[1], features), self.shapes
+        ):
             return self.plain(
                 attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
             )

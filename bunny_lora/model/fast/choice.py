@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from bunny_lora.core import files
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model.fast import attention as fast_attention
-from bunny_lora.model.fast import lora, native
-from bunny_lora.model.fast.attention import Shape, attention
+from bunny_lora.model.fast import lora, native, pooled
+from bunny_lora.model.fast.attention import N_WORDS, Shape, attention
 
 PLAIN = "plain"
 NATIVE = "native attention "
@@ -24,7 +24,6 @@ LORA = "LoRA without casts"
 AND = "; "
 WORTH_IT = 1.1
 """How many times as fast it has to be; less is within what a trial on a busy machine is off by."""
-N_WORDS = 77
 N_TRIALS = 5
 # Tokens and heads of a trial: enough for both sides to show what they are, in well under a second.
 MAX_TOKENS, MAX_HEADS = 1024, 8
@@ -37,8 +36,11 @@ class FastPath(NamedTuple):
     lora: bool
 
 
-def shapes_of(base_model: Path, resolution: int) -> list[Shape]:
-    """Return the attention of a UNet at so many pixels a side: to itself and to words, by level."""
+def shapes_of(base_model: Path, resolution: int, factor: int = 1) -> list[Shape]:
+    """Return the attention of a UNet at so many pixels a side: to itself and to words, by level.
+
+    `factor` is training.pooled_attention, which leaves the largest with fewer keys.
+    """
     unet = files.read_json(base_model / "unet" / "config.json")
     levels = unet["block_out_channels"]
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
@@ -46,8 +48,9 @@ def shapes_of(base_model: Path, resolution: int) -> list[Shape]:
     side, found = resolution // 8, []
     for kind, channels, count in zip(unet["down_block_types"], levels, heads, strict=True):
         if "CrossAttn" in kind:
-            found += [Shape(side**2, keys, channels // count) for keys in (side**2, N_WORDS)]
-        side = -(-side // 2)
+            own = pooled.n_averaged((side, side), factor)
+            found += [Shape(side**2, keys, channels // count) for keys in (own, N_WORDS)]
+        side, factor = -(-side // 2), 1
     return list(dict.fromkeys(found))
 
 
@@ -91,7 +94,12 @@ def _seconds(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) 
 
 
 def choose(
-    setting: str, base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype
+    setting: str,
+    base_model: Path,
+    resolution: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    factor: int = 1,
 ) -> str:
     """Return what of a UNet is computed on a fast path, as a run records it; `read` understands it.
 
@@ -102,6 +110,7 @@ def choose(
         resolution: pixels a side.
         device: where the UNet is.
         dtype: its precision.
+        factor: training.pooled_attention.
 
     Raises:
         BunnyLoraError: `on`, and there is no native attention here.
@@ -116,7 +125,7 @@ def choose(
             )
         shapes = []
     else:
-        shapes = shapes_of(base_model, resolution)
+        shapes = shapes_of(base_model, resolution, factor)
     if setting == "auto":
         shapes = [shape for shape in shapes if speed_up(shape, dtype) >= WORTH_IT]
     casts = device.type == "cpu" and dtype == torch.bfloat16
@@ -136,24 +145,32 @@ def read(chosen: str) -> FastPath:
     return FastPath([Shape(*map(int, text.split("x"))) for text in texts], LORA in parts)
 
 
-def install(unet: torch.nn.Module, path: FastPath) -> None:
-    """Have a UNet compute on a fast path, until `remove`; nobody else than training should see it."""
+def install(unet: torch.nn.Module, path: FastPath, factor: int = 1) -> None:
+    """Have a UNet compute on a fast path, until `remove`; nobody else than training should see it.
+
+    A `factor` above 1, training.pooled_attention, is an approximation, see `pooled`.
+    """
     remove(unet)
     fast_attention.install(unet, path.shapes)
+    if factor > 1:
+        pooled.install(unet, factor)
     if path.lora:
         lora.install(unet)
 
 
 def remove(unet: torch.nn.Module) -> None:
     """Have a UNet compute as diffusers and PEFT do."""
+    pooled.remove(unet)
     fast_attention.remove(unet)
     lora.remove(unet)
 
 
-def explain(base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype) -> str:
+def explain(
+    base_model: Path, resolution: int, device: torch.device, dtype: torch.dtype, factor: int = 1
+) -> str:
     """Return why `auto` chose as it did: a reason, or how fast each shape is against torch's own."""
     if reason := why_not(device, dtype):
         return reason
-    trials = ((shape, speed_up(shape, dtype)) for shape in shapes_of(base_model, resolution))
+    trials = ((shape, speed_up(shape, dtype)) for shape in shapes_of(base_model, resolution, factor))
     said = ", ".join(f"{shape} {ratio:.2f}" for shape, ratio in trials)
     return f"times as fast as torch's own: {said}"

@@ -11,12 +11,13 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 
 from bunny_lora.errors import BunnyLoraError
+from bunny_lora.model import offload
 from bunny_lora.model.fast import attention, native
 from bunny_lora.model.fast.attention import Shape
 
@@ -70,14 +71,21 @@ def prepared(
     """
     decoder, scale = pipe.vae.decoder, pipe.vae_scale_factor
     with merged(pipe.unet, lora_scale), merged(pipe.text_encoder, lora_scale):
-        decoder.to(memory_format=torch.channels_last)
+        # Only where it is used: a VAE that is not in memory comes back, in its own layout, just before.
+        layout = decoder.register_forward_pre_hook(lambda *_: _channels_last(decoder))
         if has_native_attention(pipe.unet):
             attention.install(pipe.unet, large_shapes(pipe.unet, height // scale, width // scale))
         try:
             yield
         finally:
             attention.remove(pipe.unet)
-            decoder.to(memory_format=torch.contiguous_format)
+            layout.remove()
+            if not offload.is_away(pipe.vae):
+                decoder.to(memory_format=torch.contiguous_format)
+
+
+def _channels_last(decoder: Any) -> None:
+    decoder.to(memory_format=torch.channels_last)
 
 
 def has_native_attention(unet: UNet2DConditionModel) -> bool:
@@ -118,6 +126,7 @@ def merged(model: torch.nn.Module, scale: float) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LoraLayer):
+                offload.onload(model)
                 parent, _, child = name.rpartition(".")
                 _replace(model.get_submodule(parent), child, layer, scale, undo)
         yield
