@@ -23,7 +23,7 @@ from bunny_lora.data.captions import MEDIUM, PORTRAIT, name_first, name_only, ne
 from bunny_lora.data.folder import Listing, has_captions, read_folder
 from bunny_lora.data.frames import FaceNames, Sample, Unused, unseen
 from bunny_lora.data.images import (
-    FACE_TO_BODY,
+    FACE_TO_MEDIUM,
     Finder,
     crop_around,
     open_rgb,
@@ -39,7 +39,7 @@ from bunny_lora.data.summary import (
 from bunny_lora.data.writing import fitted, prepare
 from bunny_lora.errors import BunnyLoraError
 
-FACE_TO_PORTRAIT = 2.5  # where the picture ends before that: not much but a head
+FACE_TO_PORTRAIT = 1.8  # where the picture ends before that: not much but a head
 
 __all__ = [
     "ImageDataset",
@@ -177,7 +177,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
     def zoomed(self, index: int, face: int = 0) -> torch.Tensor:
         """Return the square around a face of a picture, [3, resolution, resolution]."""
-        near = self.face(index, face, FACE_TO_BODY)
+        near = self.face(index, face, FACE_TO_MEDIUM)
         return self._pixels(near.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS))
 
     def caption(self, index: int) -> str:
@@ -209,7 +209,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         if name is None:
             return sample.caption
         x1, y1, x2, y2 = sample.faces[face]
-        seen = min([FACE_TO_BODY, *(side / max(x2 - x1, y2 - y1, 1) for side in sample.size)])
+        seen = min([FACE_TO_MEDIUM, *(side / max(x2 - x1, y2 - y1, 1) for side in sample.size)])
         shot = PORTRAIT if seen < FACE_TO_PORTRAIT else MEDIUM
         others = self.names - {name}
         return near_caption(sample.caption, name, others, n_faces=len(sample.faces), shot=shot)

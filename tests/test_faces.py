@@ -102,6 +102,27 @@ def test_where_it_is_in_doubt_nobody_is_tied_and_that_is_said(
     assert f"{said} and taken as they are: 1 {doubt}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "others, tied",
+    [
+        (["ellie grey", "grey rex"], (None, "victoria")),
+        (["ellie grey"], (None, None)),  # may be a passer-by
+        (["ellie grey", "nobody rex"], (None, None)),  # one of them is
+    ],
+)
+def test_who_is_alone_nowhere_is_known_by_the_faces_that_are_left(
+    tmp_path: Path, alone: list[Sample], others: list[str], tied: tuple
+) -> None:
+    samples = list(alone)
+    for furs in others:
+        names = furs.replace("grey", "victoria").replace("nobody", "victoria")
+        samples.append(frame(tmp_path / "frames", names, furs))
+    samples.append(frame(tmp_path / "frames", "victoria", "nobody grey"))
+    found = faces.tie_faces(dataset(samples), COLOURS)
+    assert found[-1] == tied
+    assert ("victoria" in found[4]) == (tied[1] == "victoria")
+
+
 def test_a_crowd_is_left_alone(tmp_path: Path, alone: list[Sample], monkeypatch) -> None:
     monkeypatch.setattr(faces, "MAX_MATCHES", 5)
     images = dataset([*alone, frame(tmp_path / "frames", "ellie rex phil", "ellie rex phil")])
@@ -172,7 +193,7 @@ def test_a_square_that_shows_some_has_the_looks_of_the_others_taken_out() -> Non
 
 
 def test_a_face_that_fills_the_picture_makes_a_portrait(tmp_path: Path, alone: list[Sample]) -> None:
-    large = replace(frame(tmp_path / "frames", "ellie", "ellie"), faces=((20.0, 10.0, 50.0, 40.0),))
+    large = replace(frame(tmp_path / "frames", "ellie", "ellie"), faces=((20.0, 6.0, 56.0, 42.0),))
     images = dataset([*alone, large])
     images.face_names = faces.tie_faces(images, COLOURS)
     assert images.zoomed_caption(0, 0) == "ellie, medium shot"
@@ -181,15 +202,15 @@ def test_a_face_that_fills_the_picture_makes_a_portrait(tmp_path: Path, alone: l
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_neighbours_in_a_view_from_near_are_masked(tmp_path: Path, mirrored: bool) -> None:
-    """The view is 32 x 32 around the first face; the other's body is at its right edge."""
+    """The view is 18 x 18 around the first face; the other's body is at its right edge."""
     sample = frame(tmp_path / "frames", "ellie rex", "ellie rex")
-    sample = replace(sample, faces=((30.0, 10.0, 38.0, 18.0), (52.0, 10.0, 60.0, 18.0)))
+    sample = replace(sample, faces=((30.0, 10.0, 38.0, 18.0), (45.0, 14.0, 53.0, 22.0)))
     images = ImageDataset([sample], resolution=64, center_crop=False)
     images.face_names = [("ellie", "rex")]
     mask = latents._own_part(latents.View(0, True, mirrored), images)
     assert mask is not None and mask.shape == (8, 8)
     masked = mask.flip(-1) == 0 if mirrored else mask == 0
-    assert masked.any(0).tolist() == [False] * 7 + [True]  # 52 - 6 px is 28 of 32 px into the view
+    assert masked.any(0).tolist() == [False] * 7 + [True]  # 45 - 3.2 px is 16.8 of 18 px into the view
     assert masked[:, 7].tolist() == [False] + [True] * 7
     assert masks.own_part(images, 0, 1) is not None
     images.samples = [replace(sample, faces=(sample.faces[0],))]

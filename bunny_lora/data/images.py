@@ -66,7 +66,8 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own bound against 
 
 # The side of a square over that of the face in it.
 FACE_TO_HEAD = 2.5  # face, ears and shoulders: enough to tell whose face it is
-FACE_TO_BODY = 4.0  # a head, and most of a cartoon body with what it wears
+FACE_TO_MEDIUM = 2.25  # what a medium shot shows of a cartoon character; Bunny World's have 2.1 to 2.4
+FACE_TO_BODY = 4.0  # all of a cartoon body with what it wears, and some of what is around it
 
 OUTSIDE = "outside the project and the run folder"
 HOW_TO_ALLOW = "copy it there, or set allow_outside_paths: true"

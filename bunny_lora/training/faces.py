@@ -2,6 +2,7 @@
 
 A character's prototype is the mean of its crops in pictures of one name and one face. Elsewhere names
 and faces are matched so that they are most like each other in all; what is in doubt stays untied.
+Who is alone nowhere gets a prototype of the faces that are left when all others have theirs.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def tie_faces(images: ImageDataset, encode: FeatureExtractor) -> list[FaceNames]
     numbers = progress(range(len(images)), desc="tie faces to names")
     vectors = [_vectors(images, index, encode) for index in numbers]
     prototypes, least = _prototypes(images.samples, vectors)
-    tied: list[FaceNames] = []
-    doubts: Counter[str] = Counter()
-    for sample, found in zip(images.samples, vectors, strict=True):
-        names, doubt = _tie(sample, found, prototypes, least)
-        tied.append(names)
-        doubts.update([doubt] if doubt else [])
+    both = list(zip(images.samples, vectors, strict=True))
+    results = [_tie(sample, found, prototypes, least) for sample, found in both]
+    left = _left_over(both, [names for names, _ in results], least)
+    if left:
+        results = [_tie(sample, found, prototypes | left, least) for sample, found in both]
+    tied = [names for names, _ in results]
+    doubts = Counter(doubt for _, doubt in results if doubt)
     n_faces = sum(name is not None for names in tied for name in names)
     n_pictures = sum(any(names) for names in tied)
     print(f"face_encoder: {n_faces} faces in {n_pictures} pictures are tied to names{_said(doubts)}")
@@ -79,6 +81,28 @@ def _prototypes(
     prototypes = {name: normalize(torch.stack(rows).mean(0), dim=0) for name, rows in crops.items()}
     own = [float((torch.stack(rows) @ prototypes[name]).min()) for name, rows in crops.items()]
     return prototypes, min(own, default=1.0)
+
+
+def _left_over(
+    both: Sequence[tuple[Sample, torch.Tensor]], tied: Sequence[FaceNames], least: float
+) -> dict[str, torch.Tensor]:
+    """Return prototypes of names that are left with one face, when all others have theirs.
+
+    One picture proves nothing, it may show a passer-by: in two and more the faces have to be alike.
+    """
+    crops: dict[str, list[torch.Tensor]] = {}
+    for (sample, vectors), faces in zip(both, tied, strict=True):
+        names = [name for name in sample.characters if name not in faces]
+        places = [face for face, name in enumerate(faces) if name is None]
+        if len(faces) > 1 and len(names) == len(places) == 1:
+            crops.setdefault(names[0], []).append(vectors[places[0]])
+    prototypes = {}
+    for name, rows in crops.items():
+        total = torch.stack(rows).sum(0)
+        others = [float(normalize(total - row, dim=0) @ row) for row in rows if len(rows) > 1]
+        if others and min(others) >= least - MARGIN:
+            prototypes[name] = normalize(total, dim=0)
+    return prototypes
 
 
 def _tie(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from bunny_lora.data.images import FACE_TO_BODY, square_around
+from bunny_lora.data.images import FACE_TO_MEDIUM, square_around
 from bunny_lora.dataset import ImageDataset
 
 # How far a body reaches from a face, in widths of it to each side, in heights of it up and down.
-ASIDE, UP, DOWN = 0.75, 0.75, 2.5
+ASIDE, UP, DOWN = 0.4, 0.75, 2.5
 
 
 def own_part(images: ImageDataset, index: int, face: int) -> torch.Tensor | None:
@@ -22,7 +22,7 @@ def own_part(images: ImageDataset, index: int, face: int) -> torch.Tensor | None
     sample, side = images.samples[index], images.resolution // 8
     if not sample.size:
         return None
-    left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_BODY)
+    left, top, width = square_around(sample.size, sample.faces[face], FACE_TO_MEDIUM)
     mask = torch.ones(side, side)
     others = [box for place, box in enumerate(sample.faces) if place != face]
     for box, value in [*((other, 0.0) for other in others), (sample.faces[face], 1.0)]:
