@@ -72,6 +72,9 @@ class Config(Section):
     """Which column of a folder's table holds the captions; null: `text`, else `caption` or `prompt`."""
     character_names: list[str] = Field(default_factory=list)
     """Names or trigger words that captions have: who is in a picture, where no analysis says so."""
+    looks: dict[str, str] = Field(default_factory=dict)
+    """What characters look like, in the words of captions, `rex: red fox in a green hat`: evaluation's
+    prompts say it at `{looks}`. What words can tell, a name need not bring."""
     instance_prompt: str = "cartoon character"
     """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
@@ -146,6 +149,16 @@ class Config(Section):
     def _precision_is_possible(cls, value: TrainingSection, info: ValidationInfo) -> TrainingSection:
         if value.mixed_precision == "fp16" and info.data.get("device") == "cpu":
             raise ValueError("mixed_precision fp16 needs a GPU; on device cpu choose auto, bf16 or no")
+        return value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _looks_are_told(cls, value: EvaluationSection, info: ValidationInfo) -> EvaluationSection:
+        if any("{looks}" in prompt for prompt in value.prompts) and not info.data.get("looks"):
+            raise ValueError(
+                "prompts has {looks}, and nobody's are told: set looks, such as"
+                " looks: {rex: red fox in a green hat}, or leave {looks} out"
+            )
         return value
 
     @property

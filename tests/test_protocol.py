@@ -3,7 +3,8 @@
 import pytest
 
 from bunny_lora.config import load_config
-from bunny_lora.evaluation import protocol
+from bunny_lora.errors import BunnyLoraError
+from bunny_lora.evaluation import judge, protocol
 
 PROMPTS = {"prompts": ["{name}, waving", "{name}"], "other_prompts": "a dog"}
 COUNTS = {"num_images_per_prompt": 2, "num_drift_images": 4}
@@ -35,10 +36,36 @@ def test_a_seed_depends_on_prompt_and_position_alone():
         ("a photo of {name} in snow", "a photo of toon in snow"),
         ("{name}", "toon"),
         ("a forest", "a forest"),
+        ("{name}, {looks}, standing", "standing"),
+        ("{name}, standing, {looks}", "standing"),
+        ("{looks}, {name} standing", "toon standing"),
     ],
 )
 def test_neutral_prompts_name_nobody(template, prompt):
     assert protocol.without_name(template, "toon") == prompt
+
+
+def test_prompts_say_the_looks_of_whose_are_told():
+    config = load_config(
+        overrides={
+            "looks": {"rex": "red fox in a green hat"},
+            "evaluation": {"prompts": ["{name}, {looks}, waving"]},
+        }
+    )
+    assert protocol.prompts_of(config, "rex") == ["rex, red fox in a green hat, waving"]
+    assert protocol.prompts_of(config, "ellie") == ["ellie, waving"]
+    assert protocol.prompts_of(config, protocol.NEUTRAL) == ["waving"]
+
+
+def test_looks_that_nobody_told_are_missed():
+    with pytest.raises(BunnyLoraError, match=r"prompts has \{looks\}, and nobody's are told"):
+        load_config(overrides={"evaluation": {"prompts": ["{name}, {looks}"]}})
+
+
+def test_who_is_left_out_is_said(capsys):
+    prompts = {"evaluation": {"prompts": ["{name}, {looks}"]}}
+    judge._say_untold(load_config(overrides={"looks": {"rex": "red fox"}} | prompts), ["rex", "ellie"])
+    assert "looks: nothing of ellie, so {looks} is left out" in capsys.readouterr().out
 
 
 def test_file_names_of_characters_are_safe_and_their_own():

@@ -99,6 +99,9 @@ class EvalSettings(Part):
     )
     characters: list[str] = Field(description="all characters, the most frequent first")
     prompts: list[str] = Field(description="prompts, with {name} where a character's name goes")
+    looks: dict[str, str] = Field(
+        default_factory=dict, description="what {looks} says of each character; empty in older files"
+    )
     neutral_prompts: list[str] = Field(description="the prompts that name nobody")
     num_images_per_prompt: int = Field(ge=1, description="images of each prompt, from 1")
     pair_prompts: list[str] = Field(

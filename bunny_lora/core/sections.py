@@ -226,7 +226,8 @@ class ChooseSection(Section):
 
 
 class EvaluationSection(Section):
-    """Notebook 03. In `prompts`, `{name}` stands for each character in turn."""
+    """Notebook 03. In `prompts`, `{name}` stands for each character in turn, `{looks}` for what the
+    configuration's `looks` say of it."""
 
     prompts: Texts = Field(
         ["{name}, cartoon character, standing in a forest", "{name}, cartoon character, portrait"]

@@ -117,6 +117,7 @@ def evaluate(
         of_two = company.plan_pairs(config, list(data.crops))
         whole = plan + [spec.image for spec in of_two]
         if group.is_main:
+            _say_untold(config, list(data.crops))
             _say_doubts(whole, models[-1].identity["base_model"])
         protocol.generate_missing(run_dir, models, whole, config, group)
         return group.broadcast_from_main(
@@ -124,6 +125,12 @@ def evaluate(
                 run_dir, config, data, extractor, reader, models[-1].identity, plan, of_two
             )
         )
+
+
+def _say_untold(config: Config, characters: list[str]) -> None:
+    untold = [name for name in characters if name not in config.looks]
+    if untold and any("{looks}" in prompt for prompt in config.evaluation.prompts):
+        print(f"looks: nothing of {', '.join(untold)}, so {{looks}} is left out of their prompts")
 
 
 def _say_doubts(plan: list[ImageSpec], base_model: str) -> None:
@@ -320,6 +327,7 @@ def settings(config: Config, characters: list[str]) -> EvalSettings:
     return EvalSettings(
         **config.evaluation.model_dump(),
         characters=characters,
+        looks=config.looks,
         neutral_prompts=protocol.prompts_of(config, NEUTRAL),
         resolution=config.resolution,
         **config.sampling.model_dump(),

@@ -111,7 +111,8 @@ def prompts_of(config: Config, character: str) -> list[str]:
     if character in NOBODY:
         return config.evaluation.other_prompts if character == OTHERS else [""]
     name = config.instance_prompt if character == SUBJECT else character
-    return [template.replace("{name}", name) for template in templates]
+    looks = config.looks.get(character, "")
+    return [with_looks(template, looks).replace("{name}", name) for template in templates]
 
 
 def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
@@ -119,9 +120,17 @@ def image_seed(seed: int, prompt_index: int, image_index: int) -> int:
     return derive_seed(seed, "evaluation", prompt_index, image_index) >> 31
 
 
+def with_looks(template: str, looks: str) -> str:
+    """Return a template that says somebody's looks; without any, `{looks}` and its comma go."""
+    if looks:
+        return template.replace("{looks}", looks)
+    return re.sub(r"^\{looks\}\s*,\s*|\s*,?\s*\{looks\}", "", template)
+
+
 def without_name(template: str, class_prompt: str) -> str:
     """Return a prompt that names nobody: a leading "{name}, " goes, elsewhere the class stands in."""
-    return re.sub(r"^\{name\}\s*(,\s*|$)", "", template).replace("{name}", class_prompt) or class_prompt
+    template = re.sub(r"^\{name\}\s*(,\s*|$)", "", with_looks(template, ""))
+    return template.replace("{name}", class_prompt) or class_prompt
 
 
 def slug(character: str) -> str:

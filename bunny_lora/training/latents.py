@@ -23,6 +23,7 @@ from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
 from bunny_lora.data.captions import caption_parts, find_name, name_only
 from bunny_lora.data.frames import FaceNames
+from bunny_lora.data.images import FACE_TO_MEDIUM
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
 from bunny_lora.training.masks import own_part
@@ -389,7 +390,7 @@ def _key(vae: AutoencoderKL, images: ImageDataset, views: list[View]) -> str:
     digest.update(f"{images.resolution}/{images.center_crop}/{vae.dtype}/{views}".encode())
     if images.aspect_buckets:  # Only then: else the latents that older versions cached are found again.
         digest.update(b"aspect_buckets")
-    zoomed = [[list(images.samples[v.index].faces[v.face])] for v in views if v.zoomed]
+    zoomed = [[FACE_TO_MEDIUM, *images.samples[v.index].faces[v.face]] for v in views if v.zoomed]
     digest.update(repr(zoomed).encode())
     digest.update(str(vae.config.scaling_factor).encode())
     for name, tensor in vae.state_dict().items():
