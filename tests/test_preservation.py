@@ -109,6 +109,23 @@ def test_the_loss_is_the_distance_from_what_the_base_model_predicts(
     torch.testing.assert_close(run.learner.loss(4).detach(), expected.mean())
 
 
+def test_the_noisiest_samples_stay_as_they_are_names_and_all(tiny_model: str, data: Path) -> None:
+    run = loaded(tiny_model, 0.0, training={"batch_size": 4})
+    batch = run.learner._batch(run.learner.images, 0)
+    order = batch.timesteps.argsort()
+    least = int(batch.timesteps[order[2]])
+    preservation = {"share": 0.0, "from_timestep": least}
+    run.learner.config = tiny_config(tiny_model, preservation=preservation, training={"batch_size": 4})
+    noisy = run.learner._noisy(batch.timesteps)
+    assert sorted(noisy) == sorted(order[2:].tolist())
+    losses = run.learner.losses(batch, noisy)
+    assert all(losses[row] < 1e-6 for row in noisy), "a LoRA that changes nothing"
+    assert all(losses[row] > 0.1 for row in order[:2].tolist())
+    assert run.learner.loss(0).item() == pytest.approx(losses.mean().item())
+    plain = run.learner.losses(batch)
+    assert all(plain > 0.1), "held-out pictures are judged at every timestep"
+
+
 def test_names_are_taken_out_of_some_captions_and_others_are_of_another_subject_or_empty(
     tiny_model: str, data: Path
 ) -> None:

@@ -75,11 +75,14 @@ class Learner:
         """Return the mean loss of the micro-batch whose first sample is at `position`, a scalar.
 
         With prior preservation as many class images are drawn beside it, and their loss is added with
-        its weight, https://arxiv.org/abs/2208.12242, eq. 2.
+        its weight, https://arxiv.org/abs/2208.12242, eq. 2. The noisiest samples may be preserved with
+        their names: few pictures are learnt by heart there first, which https://arxiv.org/abs/2507.05964
+        answers with a lower rank.
         """
         training = self.config.training
         preserved = self._preserved(position)
         batches = [self._without_names(self._batch(self.images, position), preserved, position)]
+        preserved = sorted({*preserved, *self._noisy(batches[0].timesteps)})
         if self.class_images is not None:
             batches.append(self._batch(self.class_images, position))
         device = self.components.device
@@ -151,6 +154,11 @@ class Learner:
         if (gamma := self.config.training.snr_gamma) is not None:
             losses = losses * diffusion.snr_weights(timesteps, alphas_cumprod, gamma, kind)
         return losses
+
+    def _noisy(self, timesteps: torch.Tensor) -> list[int]:
+        """Return which samples are so noisy that `preservation` has them stay as they are."""
+        least = self.config.preservation.from_timestep
+        return [] if least is None else (timesteps >= least).nonzero().flatten().tolist()
 
     @torch.no_grad()
     def _base_prediction(
