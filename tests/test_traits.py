@@ -10,6 +10,7 @@ from test_scores import make_result
 from torch.nn.functional import one_hot
 
 from bunny_lora import report
+from bunny_lora.config import load_config
 from bunny_lora.core import eval_result
 from bunny_lora.core.seeding import generator
 from bunny_lora.errors import BunnyLoraError
@@ -77,6 +78,20 @@ def test_renders_are_1_the_base_is_0_and_half_is_half(right: Traits) -> None:
     assert found.nobody["base"].mean == 0 and found.nobody["final"].mean == 1
     assert found.traits["rex"]["mark"].models == {"base": 0, "checkpoint-1": 0, "final": 1}
     assert found.confusion == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_where_prompts_tell_looks_the_floor_is_nobody_and_words_have_a_place(right: Traits) -> None:
+    words = {name: {trait: HEROES[name][trait] for trait in ("fur", "outfit")} for name in HEROES}
+    base = group(words, {})
+    prompts = {"evaluation": {"prompts": ["{name}, {looks}"], "traits": dict(HEROES)}}
+    told = load_config(overrides={"looks": {"rex": "a fox"}} | prompts)
+    floor = world_traits._floor(told, base)
+    assert floor.characters == [name for name in HEROES for _ in PROMPTS]
+    assert world_traits._floor(load_config(), base) is base
+    groups = {"base": base, "final": group(HEROES, {})}
+    found = world_traits.summarise(right, groups, group(HEROES), floor)
+    assert found.identity["final"]["all"].mean == 1
+    assert found.identity["base"]["rex"].mean == 0.5, "fur and outfit of four traits"
 
 
 def test_a_heros_outfit_on_another_one_is_seen(right: Traits) -> None:

@@ -177,7 +177,8 @@ class TraitScore(Rounded):
 class TraitScores(Part):
     """What a reader of traits saw: identity, and beside it what was asked for.
 
-    Identity is 0 where the base model stands, and 1 for renders of the character.
+    Identity is 0 where the base model stands, and 1 for renders of the character. Where prompts tell
+    `{looks}`, 0 is the base model's nobody, and what it draws by words has a place of its own.
     """
 
     counted: list[str] = Field(description="the traits that count: those that the reader reads well")

@@ -104,7 +104,7 @@ def choose(
 
         def judge_and_write() -> Choice:
             drawn = [spec for spec in plan if spec.character in data.crops]
-            judge = judge_of(run_dir, config, extractor, data, drawn)
+            judge = judge_of(run_dir, config, extractor, data, drawn, bench.nobody)
             verdict, candidates = bench.choose(ways, judge)
             best = ways[verdict.chosen].model
             choice = Choice(
@@ -219,6 +219,7 @@ def judge_of(
     extractor: FeatureExtractor,
     data: Reference,
     drawn: Sequence[ImageSpec],
+    nobody: Sequence[ImageSpec],
 ) -> Judge:
     """Return what scores images of characters: the reader of traits if the configuration names any.
 
@@ -230,10 +231,11 @@ def judge_of(
         extractor: the features.
         data: has the characters' crops.
         drawn: all images of characters, those of the base model among them.
+        nobody: the base model's images of the same prompts without a name.
     """
     base = [spec for spec in drawn if spec.model == "base"]
     if config.evaluation.traits:
-        return world_traits.Judge.of_run(run_dir, config, base)
+        return world_traits.Judge.of_run(run_dir, config, [*base, *nobody])
     matches = _matches(run_dir, config, drawn)
     crops = {name: extractor(images) for name, images in data.crops.items()}
 

@@ -66,17 +66,22 @@ def trait_scores(
         model: drawn.rows([row for row, name in enumerate(models) if name == model])
         for model in dict.fromkeys(models)
     }
-    return summarise(right, groups, _ceiling(config, right, groups["base"])), right.answers(drawn.read)
+    base = groups["base"]
+    ceiling, floor = _ceiling(config, right, base), _floor(config, base)
+    return summarise(right, groups, ceiling, floor), right.answers(drawn.read)
 
 
-def summarise(right: Traits, groups: Mapping[str, Group], ceiling: Group) -> TraitScores:
-    """Return the scores of every model's images, between those of "base" and of `ceiling`."""
+def summarise(
+    right: Traits, groups: Mapping[str, Group], ceiling: Group, floor: Group | None = None
+) -> TraitScores:
+    """Return the scores of every model's images, between those of `floor`, or "base", and `ceiling`."""
     names = [name for name in dict.fromkeys(ceiling.characters) if right.of(name)]
     everything = {**groups, CEILING: ceiling}
+    bounds = (floor or groups["base"], ceiling)
     of_nobody = {model: group.of(NEUTRAL) for model, group in groups.items()}
     return TraitScores(
         counted=[trait for trait in right.counted if any(trait in right.of(name) for name in names)],
-        identity={model: _identity(right, group, everything, names) for model, group in groups.items()},
+        identity={model: _identity(right, group, bounds, names) for model, group in groups.items()},
         asked={source: _asked(right, group, names) for source, group in everything.items()},
         another={source: _another(right, group, names) for source, group in everything.items()},
         nobody={
@@ -96,24 +101,24 @@ class Judge:
     Attributes:
         run_dir: whose images are read, from its `evaluation/`.
         right: what each character is like.
-        base: images of the base model, the floor.
+        floor: images of the base model, see `_floor`.
         ceiling: renders of the characters, as the same prompts ask.
     """
 
     run_dir: Path
     right: Traits
-    base: Group
+    floor: Group
     ceiling: Group
 
     @classmethod
     def of_run(cls, run_dir: Path, config: Config, base: Sequence[ImageSpec]) -> Judge:
-        """Return the judge of a run, with `base` the base model's images of characters.
+        """Return the judge of a run, with `base` the base model's images of characters and nobody.
 
         Raises:
             BunnyLoraError: a trait or an answer that the reader does not know.
         """
         right, group = _right(config), _group(run_dir, base)
-        return cls(run_dir, right, group, _ceiling(config, right, group))
+        return cls(run_dir, right, _floor(config, group), _ceiling(config, right, group))
 
     def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return identity and what was asked for of images of characters, [N] each, in their order.
@@ -131,7 +136,7 @@ class Judge:
         return identity, asked if asked.isfinite().any() else None
 
     def _placed(self, part: Group, name: str) -> torch.Tensor:
-        return _placed(self.right, part, name, self.base, self.ceiling)
+        return _placed(self.right, part, name, self.floor, self.ceiling)
 
 
 def _right(config: Config) -> Traits:
@@ -140,11 +145,11 @@ def _right(config: Config) -> Traits:
     return Traits(world.QUESTIONS, config.evaluation.traits, world.reliable_questions())
 
 
-def _placed(right: Traits, part: Group, name: str, base: Group, ceiling: Group) -> torch.Tensor:
+def _placed(right: Traits, part: Group, name: str, floor_of: Group, ceiling: Group) -> torch.Tensor:
     """Return identity of each image of one character, [N]."""
     floor, top = (
         float(torch.tensor(list(_means(right, source, name).values())).mean())
-        for source in (base, ceiling)
+        for source in (floor_of, ceiling)
     )
     sure = torch.stack(list(right.scores(part.read, name).values())).mean(0)
     return axes.normalised(sure, floor, top)
@@ -172,7 +177,7 @@ def _means(right: Traits, group: Group, name: str) -> dict[str, float]:
 
 
 def _identity(
-    right: Traits, group: Group, everything: Mapping[str, Group], names: Sequence[str]
+    right: Traits, group: Group, bounds: tuple[Group, Group], names: Sequence[str]
 ) -> dict[str, Interval]:
     """Return identity between floor and ceiling, over all images and over those of each character."""
     values, clusters, found = [], [], {}
@@ -180,7 +185,7 @@ def _identity(
         part = group.of(name)
         if not part.prompts:
             continue
-        placed = _placed(right, part, name, everything["base"], everything[CEILING])
+        placed = _placed(right, part, name, *bounds)
         found[name] = axes.clustered_interval(placed, part.clusters())
         values.append(placed)
         clusters += part.clusters()
@@ -219,6 +224,21 @@ def _read(images: Sequence[Image.Image]) -> Reading:
     squares = [ImageOps.fit(image, (SIZE_PX, SIZE_PX)) for image in images]
     pixels = np.stack([np.asarray(square) for square in squares])
     return world.read_traits(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def _floor(config: Config, base: Group) -> Group:
+    """Return the base model's images that identity counts from: of the prompts that the LoRA draws.
+
+    Where these tell looks, the base model's of nobody: it draws much of a character by words alone,
+    and has its own place between floor and ceiling then.
+    """
+    if not any("{looks}" in prompt for prompt in config.evaluation.prompts):
+        return base
+    nobody = base.of(NEUTRAL)
+    names = [name for name in dict.fromkeys(base.characters) if name in config.evaluation.traits]
+    whole = nobody.rows([row for _ in names for row in range(len(nobody.characters))])
+    who = [name for name in names for _ in nobody.characters]
+    return Group(who, whole.prompts, whole.read)
 
 
 def _ceiling(config: Config, right: Traits, base: Group) -> Group:
