@@ -19,6 +19,7 @@ from bunny_lora.evaluation import world_traits
 from bunny_lora.evaluation.protocol import NEUTRAL
 from bunny_lora.evaluation.traits import Traits
 from bunny_lora.evaluation.world_traits import Group
+from bunny_lora.report.trait_scores import place
 
 QUESTIONS = {
     "fur": ("white", "lilac", "crimson"),
@@ -85,13 +86,16 @@ def test_where_prompts_tell_looks_the_floor_is_nobody_and_words_have_a_place(rig
     base = group(words, {})
     prompts = {"evaluation": {"prompts": ["{name}, {looks}"], "traits": dict(HEROES)}}
     told = load_config(overrides={"looks": {"rex": "a fox"}} | prompts)
-    floor = world_traits._floor(told, base)
+    floor = world_traits._nobody(told, base)
     assert floor.characters == [name for name in HEROES for _ in PROMPTS]
-    assert world_traits._floor(load_config(), base) is base
+    assert world_traits._nobody(load_config(), base) is None
     groups = {"base": base, "final": group(HEROES, {})}
     found = world_traits.summarise(right, groups, group(HEROES), floor)
     assert found.identity["final"]["all"].mean == 1
     assert found.identity["base"]["rex"].mean == 0.5, "fur and outfit of four traits"
+    assert found.traits["rex"]["fur"].floor == 0 and found.traits["rex"]["fur"].models["base"] == 1
+    assert place(found.traits["rex"]["fur"]) == 1
+    assert world_traits.summarise(right, groups, group(HEROES)).traits["rex"]["fur"].floor is None
 
 
 def test_a_heros_outfit_on_another_one_is_seen(right: Traits) -> None:

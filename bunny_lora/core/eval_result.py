@@ -172,6 +172,9 @@ class TraitScore(Rounded):
     answer: str = Field(description="the right answer")
     ceiling: float = Field(description="on renders of the character, through the autoencoder")
     models: dict[str, float] = Field(description="on the images of `base`, each checkpoint and `final`")
+    floor: float | None = Field(
+        None, description="what counts as 0, the base model's nobody; null: `base` of the same prompts"
+    )
 
 
 class TraitScores(Part):

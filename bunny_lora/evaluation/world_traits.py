@@ -67,7 +67,7 @@ def trait_scores(
         for model in dict.fromkeys(models)
     }
     base = groups["base"]
-    ceiling, floor = _ceiling(config, right, base), _floor(config, base)
+    ceiling, floor = _ceiling(config, right, base), _nobody(config, base)
     return summarise(right, groups, ceiling, floor), right.answers(drawn.read)
 
 
@@ -89,7 +89,7 @@ def summarise(
             for model, group in of_nobody.items()
             if group.prompts
         },
-        traits={name: _traits(right, name, groups, ceiling) for name in names},
+        traits={name: _traits(right, name, groups, ceiling, floor) for name in names},
         confusion=_confusion(right, groups["final"], names),
     )
 
@@ -101,7 +101,7 @@ class Judge:
     Attributes:
         run_dir: whose images are read, from its `evaluation/`.
         right: what each character is like.
-        floor: images of the base model, see `_floor`.
+        floor: images of the base model, 0, see `_nobody`.
         ceiling: renders of the characters, as the same prompts ask.
     """
 
@@ -118,7 +118,7 @@ class Judge:
             BunnyLoraError: a trait or an answer that the reader does not know.
         """
         right, group = _right(config), _group(run_dir, base)
-        return cls(run_dir, right, _floor(config, group), _ceiling(config, right, group))
+        return cls(run_dir, right, _nobody(config, group) or group, _ceiling(config, right, group))
 
     def __call__(self, specs: Sequence[ImageSpec]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return identity and what was asked for of images of characters, [N] each, in their order.
@@ -156,8 +156,9 @@ def _placed(right: Traits, part: Group, name: str, floor_of: Group, ceiling: Gro
 
 
 def _traits(
-    right: Traits, name: str, groups: Mapping[str, Group], ceiling: Group
+    right: Traits, name: str, groups: Mapping[str, Group], ceiling: Group, floor: Group | None
 ) -> dict[str, TraitScore]:
+    nobody = _means(right, floor, name) if floor else {}
     means = {model: _means(right, group, name) for model, group in groups.items()}
     best = _means(right, ceiling, name)
     return {
@@ -165,6 +166,7 @@ def _traits(
             answer=answer,
             ceiling=best[trait],
             models={model: found[trait] for model, found in means.items() if found},
+            floor=nobody.get(trait),
         )
         for trait, answer in right.of(name).items()
     }
@@ -226,14 +228,14 @@ def _read(images: Sequence[Image.Image]) -> Reading:
     return world.read_traits(torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
-def _floor(config: Config, base: Group) -> Group:
-    """Return the base model's images that identity counts from: of the prompts that the LoRA draws.
+def _nobody(config: Config, base: Group) -> Group | None:
+    """Return what identity counts from where prompts tell looks: the base model's images of nobody.
 
-    Where these tell looks, the base model's of nobody: it draws much of a character by words alone,
-    and has its own place between floor and ceiling then.
+    It draws much of a character by words alone, and has its own place between floor and ceiling then.
+    None where they tell none: there it counts from the base model's images of the same prompts.
     """
     if not any("{looks}" in prompt for prompt in config.evaluation.prompts):
-        return base
+        return None
     nobody = base.of(NEUTRAL)
     names = [name for name in dict.fromkeys(base.characters) if name in config.evaluation.traits]
     whole = nobody.rows([row for _ in names for row in range(len(nobody.characters))])

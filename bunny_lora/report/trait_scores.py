@@ -20,7 +20,7 @@ def traits_table(result: EvalResult) -> str:
         return NO_TRAITS
     final, names = found.identity["final"], list(found.traits)
     lines = [
-        f"{'identity':<26}{span(final['all'])}   0: the base model, 1: the character itself",
+        f"{'identity':<26}{span(final['all'])}   {_zero(found)}, 1: the character itself",
         f"{'as asked':<26}{span(found.asked['final'])}   base {number(found.asked['base'].mean)},"
         f" renders {number(found.asked['ceiling'].mean)}",
         f"{'another one mixed in':<26}{span(found.another['final'])}   base"
@@ -44,6 +44,13 @@ def traits_table(result: EvalResult) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _zero(found: TraitScores) -> str:
+    """Return what 0 is; with looks in its prompts, the base model has a place of its own."""
+    base = found.identity["base"]["all"].mean
+    by_words = any(s.floor is not None for of in found.traits.values() for s in of.values())
+    return f"0: nobody, {number(base)}: the base model by words" if by_words else "0: the base model"
+
+
 def _counting(found: TraitScores) -> str:
     return f"traits that the reader reads well enough to count: {', '.join(found.counted)}"
 
@@ -51,6 +58,7 @@ def _counting(found: TraitScores) -> str:
 def place(score: TraitScore) -> float | None:
     """Return where the LoRA stands with a trait between base model, 0, and renders, 1."""
     base, final = score.models.get("base"), score.models.get("final")
+    base = base if score.floor is None else score.floor
     if base is None or final is None or score.ceiling - base < 0.05:  # nothing to learn
         return None
     return (final - base) / (score.ceiling - base)
