@@ -165,7 +165,7 @@ def test_every_wrong_value_is_told_at_once():
     section: dict = {}
     wrong = known_keys()
     for key in wrong:
-        set_key(section, key, {"not": "this"})
+        set_key(section, key, {"not": {"this": 1}})
     with pytest.raises(BunnyLoraError) as error:
         validate(section)
     assert [key for key in wrong if f"- {key}" not in str(error.value)] == []

@@ -115,10 +115,9 @@ def test_a_plain_caption_says_everything_that_is_asked():
         (character,) = picture.characters
         said = plain_caption(picture).replace(",", "").split()
         assert set(said) <= words
-        assert {character.traits.species, character.traits.fur, character.pose} <= set(said)
-        assert picture.scene.place in said and (
-            character.traits.outfit == "none" or character.traits.outfit in said
-        )
+        traits = character.traits
+        assert {traits.species, traits.fur, traits.eyes, character.pose} <= set(said)
+        assert picture.scene.place in said and (traits.outfit == "none" or traits.outfit in said)
 
 
 def test_twins_differ_in_one_trait_and_no_hero_is_among_them():

@@ -227,9 +227,9 @@ def plain_caption(picture: Picture) -> str:
     """Return all that can be asked for of a picture of one character, in plain words."""
     (character,) = picture.characters
     traits, scene = character.traits, picture.scene
-    looks = f"{_FUR[traits.fur][0]} {_SPECIES[traits.species][0]}"
+    looks = f"{_FUR[traits.fur][0]} {_SPECIES[traits.species][0]} with {traits.eyes} eyes"
     if traits.outfit != "none":
-        looks += " wearing " + _OUTFITS[traits.outfit][0].format(traits.outfit_colour)
+        looks += " and " + _OUTFITS[traits.outfit][0].format(traits.outfit_colour)
     deeds = [_POSES[character.pose][0]]
     if character.pose != "sleeping":
         deeds.insert(0, _EXPRESSIONS[character.expression][0])

@@ -66,7 +66,6 @@ def eye_differences(
     latents: np.ndarray,
     *,
     seed: int = 0,
-    n_workers: int = 0,
     device: str = "cpu",
     report: Callable[[str], None] = print,
 ) -> np.ndarray:
@@ -81,7 +80,7 @@ def eye_differences(
         rest = range(first, len(pictures))
         others = _OtherEyes(seed, pictures.shape[-1])
         row = first
-        for images in DataLoader(others, 50, sampler=rest, num_workers=n_workers):
+        for images in DataLoader(others, 50, sampler=rest):
             rows = slice(row, row + len(images))
             moved = latents[rows] - encode(vae, to_unit(images, device))
             same = (images.numpy() == pictures[rows, :3]).reshape(len(images), -1).all(1)

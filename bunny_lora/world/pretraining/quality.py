@@ -25,7 +25,7 @@ from bunny_lora.world.pretraining.vae import psnr, reconstruct
 from bunny_lora.world.traits import load_reader
 
 GUIDANCE_SCALE, N_STEPS = 4.0, 20
-ASKED = ("species", "fur", "outfit", "outfit_colour", "place", "light", "pose")
+ASKED = ("species", "fur", "eyes", "outfit", "outfit_colour", "place", "light", "pose")
 """What a plain caption says of a picture."""
 _BATCH = 10
 

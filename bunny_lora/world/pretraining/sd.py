@@ -180,10 +180,8 @@ def pretrain_sd(
         out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
     )
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
-    differences = eye_differences(
-        out_dir, vae, pictures, latents, seed=seed, n_workers=n_workers, device=device, report=report
-    )
-    pairs = Pairs.of(seed, latents, differences)
+    moved = eye_differences(out_dir, vae, pictures, latents, seed=seed, device=device, report=report)
+    pairs = Pairs.of(seed, latents, moved)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     models = build_models(clip, latents.shape[-1], channels, seed)
     settings: dict[str, Any] = {"clip": sha256(clip / "model.safetensors"), "channels": list(channels)}
@@ -204,16 +202,14 @@ def pretrain_sd(
         loss = _loss(models, batch, weights, tokens, alphas_cumprod, rng)
         return loss + pairs.loss(models, tokenizer, alphas_cumprod, seed, step)
 
-    for progress in state.train(
-        loss_of,
-        out_dir / "sd_state.safetensors",
-        max_steps=max_steps,
-        peak_rate=peak_rate,
-        images_per_step=batch_size,
-        evaluate_every=evaluate_every,
-        save_every=save_every,
-        stop_at=stop_at,
-    ):
+    lengths: dict[str, Any] = {
+        "max_steps": max_steps,
+        "images_per_step": batch_size,
+        "stop_at": stop_at,
+    }
+    often: dict[str, Any] = {"evaluate_every": evaluate_every, "save_every": save_every}
+    file = out_dir / "sd_state.safetensors"
+    for progress in state.train(loss_of, file, peak_rate=peak_rate, **lengths, **often):
         speed = f"{progress.images_per_sec:.1f} images/s"
         report(f"step {state.step}: loss {progress.mean_loss:.4f}, {speed}")
         with state.averaged():
