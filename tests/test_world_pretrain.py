@@ -24,7 +24,6 @@ from bunny_lora.world.pretraining.data import as_rows, drawn_pictures, to_unit
 from bunny_lora.world.pretraining.latents import encode, encoded_pictures
 from bunny_lora.world.pretraining.learner import TrainState, learning_rate
 from bunny_lora.world.pretraining.lessons import (
-    drawn_lessons,
     importance,
     lesson_picture,
     lesson_rows,
@@ -255,8 +254,8 @@ def test_half_of_the_lessons_show_regulars_in_their_whole_look_which_may_go_unsa
 
 
 def test_eyes_and_marks_count_most_and_the_background_least():
-    index = next(i for i in range(99) if lesson_rows(lesson_picture(0, i), 64)[3].max() == 4)
-    rows = lesson_rows(lesson_picture(0, index), 64)
+    index = next(i for i in range(99) if lesson_rows(0, i, 64)[3].max() == 4)
+    rows = lesson_rows(0, index, 64)
     plain = as_rows(lesson_picture(0, index), 64)
     assert np.array_equal(rows[:3], plain[:3])
     details = rows[3] == 4
@@ -266,7 +265,8 @@ def test_eyes_and_marks_count_most_and_the_background_least():
 
 
 def test_pairs_know_what_other_eyes_change(tmp_path, vae_dir):
-    pictures = drawn_lessons(tmp_path, 20, size=32, report=lambda _: None)
+    shown = {"size": 32, "draw": lesson_rows, "name": "lessons", "report": lambda _: None}
+    pictures = drawn_pictures(tmp_path, 20, **shown)
     latents = encoded_pictures(tmp_path, vae_dir, pictures, report=lambda _: None)
     moved = eye_differences(tmp_path, vae_dir, pictures, latents, report=lambda _: None)
     pairs = Pairs.of(0, latents, moved)

@@ -46,14 +46,19 @@ def as_rows(picture: Picture, size: int) -> np.ndarray:
     return np.concatenate([np.array(drawn.image).transpose(2, 0, 1), weight])
 
 
-class _Renders(Dataset[np.ndarray]):
-    """Picture `index` of the random stream, as `as_rows` gives it."""
+def random_rows(seed: int, index: int, size: int) -> np.ndarray:
+    """Return picture `index` of the random stream, as `as_rows` gives it."""
+    return as_rows(random_picture(seed, index), size)
 
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
+
+class _Drawn(Dataset[np.ndarray]):
+    """Picture `index` of a stream, as `draw` gives it."""
+
+    def __init__(self, draw: Callable[[int, int, int], np.ndarray], seed: int, size: int) -> None:
+        self.draw, self.seed, self.size = draw, seed, size
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return as_rows(random_picture(self.seed, index), self.size)
+        return self.draw(self.seed, index, self.size)
 
 
 def filled_rows(
@@ -94,21 +99,23 @@ def drawn_pictures(
     seed: int = 0,
     n_workers: int = 0,
     report: Callable[[str], None] = print,
+    draw: Callable[[int, int, int], np.ndarray] = random_rows,
+    name: str = "pictures",
 ) -> np.ndarray:
-    """Return the random stream as uint8 [n_pictures, 4, size, size], see `as_rows`.
+    """Return a stream of pictures as uint8 [n_pictures, 4, size, size], see `as_rows`.
 
-    The pictures lie memory-mapped in `out_dir/pictures.npy`, shared by all models; what is missing
-    there is drawn. Row i is picture i.
+    The pictures lie memory-mapped in `out_dir/<name>.npy`, the random ones shared by all models; what
+    is missing there is drawn, by `draw(seed, index, size)`. Row i is picture i.
     """
     Path(out_dir).mkdir(parents=True, exist_ok=True)
 
     def blocks(first: int) -> Iterable[np.ndarray]:
         rest = range(first, n_pictures)
-        loader = DataLoader(_Renders(seed, size), _BLOCK, sampler=rest, num_workers=n_workers)
+        loader = DataLoader(_Drawn(draw, seed, size), _BLOCK, sampler=rest, num_workers=n_workers)
         return (block.numpy() for block in loader)
 
     shape = (n_pictures, 4, size, size)
-    return filled_rows(Path(out_dir) / "pictures.npy", {"seed": seed}, shape, np.uint8, blocks, report)
+    return filled_rows(Path(out_dir) / f"{name}.npy", {"seed": seed}, shape, np.uint8, blocks, report)
 
 
 def to_unit(images: torch.Tensor, device: str = "cpu") -> torch.Tensor:

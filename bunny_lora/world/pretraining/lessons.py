@@ -7,14 +7,11 @@ hero's. Everybody else is described, whatever the name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from bunny_lora.world import attributes
 from bunny_lora.world.attributes import (
@@ -29,7 +26,7 @@ from bunny_lora.world.attributes import (
     random_picture,
 )
 from bunny_lora.world.captions import caption
-from bunny_lora.world.pretraining.data import as_rows, filled_rows
+from bunny_lora.world.pretraining.data import as_rows
 from bunny_lora.world.renderer import render_array
 
 _REGULARS, _PAIRS = 0.5, 0.2
@@ -50,11 +47,12 @@ def lesson_picture(seed: int, index: int) -> Picture:
     return hero_picture(names, seed, index, camera=camera, heroes=REGULAR_LOOKS)
 
 
-def lesson_rows(picture: Picture, size: int) -> np.ndarray:
-    """Return a picture as `as_rows` does, its map being 4 where eyes and marks are.
+def lesson_rows(seed: int, index: int, size: int) -> np.ndarray:
+    """Return a picture of the stream as `as_rows` does, its map being 4 where eyes and marks are.
 
     They are what changes in a drawing of the same picture with other eyes and marks of other colours.
     """
+    picture = lesson_picture(seed, index)
     rows = as_rows(picture, size)
     others = replace(
         picture,
@@ -77,40 +75,6 @@ def lesson_rows(picture: Picture, size: int) -> np.ndarray:
 
 def _next(options: tuple[str, ...], option: str) -> str:
     return options[(options.index(option) + len(options) // 2) % len(options)]
-
-
-class _Lessons(Dataset[np.ndarray]):
-    """Picture `index` of the denoiser's stream, as `lesson_rows` gives it."""
-
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return lesson_rows(lesson_picture(self.seed, index), self.size)
-
-
-def drawn_lessons(
-    out_dir: Path,
-    n_pictures: int,
-    *,
-    size: int = 128,
-    seed: int = 0,
-    n_workers: int = 0,
-    report: Callable[[str], None] = print,
-) -> np.ndarray:
-    """Return the denoiser's stream as uint8 [n_pictures, 4, size, size], see `lesson_rows`.
-
-    The pictures lie memory-mapped in `out_dir/lessons.npy`; what is missing there is drawn.
-    """
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-
-    def blocks(first: int) -> Iterable[np.ndarray]:
-        rest = range(first, n_pictures)
-        loader = DataLoader(_Lessons(seed, size), 50, sampler=rest, num_workers=n_workers)
-        return (block.numpy() for block in loader)
-
-    shape = (n_pictures, 4, size, size)
-    return filled_rows(Path(out_dir) / "lessons.npy", {"seed": seed}, shape, np.uint8, blocks, report)
 
 
 def importance(maps: torch.Tensor, side: int) -> torch.Tensor:

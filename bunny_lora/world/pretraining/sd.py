@@ -33,13 +33,13 @@ from bunny_lora.core.seeding import derive_seed, generator
 from bunny_lora.model import components, diffusion
 from bunny_lora.model.quiet import quiet
 from bunny_lora.world import attributes
-from bunny_lora.world.pretraining.data import N_PICTURES, made_or_shipped
+from bunny_lora.world.pretraining.data import N_PICTURES, drawn_pictures, made_or_shipped
 from bunny_lora.world.pretraining.latents import encoded_pictures
 from bunny_lora.world.pretraining.learner import TrainState, load_weights
 from bunny_lora.world.pretraining.lessons import (
-    drawn_lessons,
     importance,
     lesson_picture,
+    lesson_rows,
     training_caption,
 )
 from bunny_lora.world.pretraining.pairs import Pairs, eye_differences
@@ -176,9 +176,8 @@ def pretrain_sd(
     """
     out_dir = Path(out_dir)
     vae, clip = (made_or_shipped(out_dir, name) for name in ("sd/vae", "clip"))
-    pictures = drawn_lessons(
-        out_dir, n_pictures, size=size, seed=seed, n_workers=n_workers, report=report
-    )
+    shown: dict[str, Any] = {"size": size, "seed": seed, "n_workers": n_workers, "report": report}
+    pictures = drawn_pictures(out_dir, n_pictures, draw=lesson_rows, name="lessons", **shown)
     latents = encoded_pictures(out_dir, vae, pictures, device=device, report=report)
     moved = eye_differences(out_dir, vae, pictures, latents, seed=seed, device=device, report=report)
     pairs = Pairs.of(seed, latents, moved)
