@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import draw_frames, tiny_config
+from diffusers import StableDiffusionPipeline
 
-from bunny_lora.core.image_file import image_settings
+from bunny_lora.core.image_file import ImageSettings, image_settings
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.model import adapters, components, offload
 from bunny_lora.model.components import Components
+from bunny_lora.model.fast import drawing
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import fingerprint, latents, setup
 from bunny_lora.training.fingerprint import Fingerprint
@@ -25,6 +27,35 @@ def parts(tiny_model: str, project: Path) -> Components:
 
 def weights_bytes(model: torch.nn.Module) -> int:
     return sum(p.untyped_storage().nbytes() for p in model.parameters())
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_nothing_is_brought_back_or_laid_out_anew_while_threads_draw(
+    parts: Components, project: Path, tiny_model: str, away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads that did so at once drew black pictures, once in some hundred."""
+    pipe = components.pipeline_from(parts, tiny_model)
+    if away:
+        offload.offload(pipe.vae, project)
+    seen = []
+
+    def generate(twin: StableDiffusionPipeline, settings: ImageSettings) -> None:
+        weight = twin.vae.decoder.conv_in.weight
+        seen.append((offload.is_away(twin.vae), len(twin.vae.decoder._forward_pre_hooks)))
+        seen.append(weight.is_contiguous(memory_format=torch.channels_last))
+
+    monkeypatch.setattr(components, "_generate", generate)
+    settings = image_settings(
+        prompt="ellie",
+        seed=1,
+        width=64,
+        height=64,
+        num_inference_steps=1,
+        guidance_scale=1,
+        sampler="own",
+    )
+    components.generate_together(drawing.twins(pipe, 2), [settings] * 2)
+    assert seen == [(False, 0), True] * 2
 
 
 def test_weights_leave_and_come_back_before_they_are_used(parts: Components, project: Path) -> None:

@@ -22,7 +22,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from bunny_lora.core import files, paths
 from bunny_lora.core.image_file import ImageSettings, add_metadata
 from bunny_lora.errors import BunnyLoraError
-from bunny_lora.model import hub, kinds, preview, random_models, samplers, single_file, variants
+from bunny_lora.model import (
+    hub,
+    kinds,
+    offload,
+    preview,
+    random_models,
+    samplers,
+    single_file,
+    variants,
+)
 from bunny_lora.model.fast import drawing
 from bunny_lora.model.quiet import quiet
 
@@ -297,6 +306,8 @@ def generate_together(
     """
     if len(pipes) == 1:
         return [generate(pipes[0], settings) for settings in wanted]
+    for part in (pipes[0].vae, pipes[0].unet, pipes[0].text_encoder):
+        offload.onload(part)  # Here, since two threads would bring it back at once.
     with contextlib.ExitStack() as ways:
         ways.enter_context(quiet())
         ways.enter_context(_way(pipes[0], wanted[0]))

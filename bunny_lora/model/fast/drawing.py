@@ -71,15 +71,20 @@ def prepared(
     """
     decoder, scale = pipe.vae.decoder, pipe.vae_scale_factor
     with merged(pipe.unet, lora_scale), merged(pipe.text_encoder, lora_scale):
-        # Only where it is used: a VAE that is not in memory comes back, in its own layout, just before.
-        layout = decoder.register_forward_pre_hook(lambda *_: _channels_last(decoder))
+        layout = contextlib.ExitStack()
+        if offload.is_away(pipe.vae):  # It comes back, in its own layout, just before it is used.
+            layout.callback(
+                decoder.register_forward_pre_hook(lambda *_: _channels_last(decoder)).remove
+            )
+        else:
+            _channels_last(decoder)
         if has_native_attention(pipe.unet):
             attention.install(pipe.unet, large_shapes(pipe.unet, height // scale, width // scale))
         try:
             yield
         finally:
             attention.remove(pipe.unet)
-            layout.remove()
+            layout.close()
             if not offload.is_away(pipe.vae):
                 decoder.to(memory_format=torch.contiguous_format)
 
