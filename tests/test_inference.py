@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -61,6 +62,21 @@ def test_pictures_drawn_at_once_are_those_that_one_thread_draws_one_by_one(
     assert [image.tobytes() for image in together] == one_by_one
     assert len(set(one_by_one)) == 3
     assert (torch.get_num_threads(), pipe.scheduler) == (n_threads, own)
+
+
+@pytest.mark.parametrize(("colour", "is_said"), [((0, 0, 0), True), ((0, 0, 1), False)])
+def test_a_black_picture_is_said(
+    pipe: StableDiffusionPipeline,
+    colour: tuple[int, int, int],
+    is_said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    drawn = SimpleNamespace(images=[Image.new("RGB", (64, 64), colour)])
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: drawn)
+    components.generate(pipe, settings_of(pipe, 7))
+    said = capsys.readouterr().out
+    assert ("All black" in said and "'ellie', seed 7" in said) == is_said
 
 
 def test_small_pictures_are_drawn_at_once_on_a_cpu_and_large_ones_one_by_one() -> None:

@@ -349,7 +349,13 @@ def _generate(
             cross_attention_kwargs={"scale": settings.lora_scale} if as_adapter else None,
             callback_on_step_end=_telling(on_step) if on_step else None,
         )
-    return add_metadata(result.images[0], settings.model_dump())
+    image = result.images[0]
+    if image.getbbox() is None:  # What is no number becomes 0.
+        print(
+            f"All black, so the model computed values that are no numbers: {settings.prompt!r}, seed"
+            f" {settings.seed}. Draw it again, and if it stays so with training.mixed_precision: no"
+        )
+    return add_metadata(image, settings.model_dump())
 
 
 def _telling(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
