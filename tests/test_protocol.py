@@ -5,6 +5,7 @@ import pytest
 from bunny_lora.config import load_config
 from bunny_lora.errors import BunnyLoraError
 from bunny_lora.evaluation import judge, protocol
+from bunny_lora.training import fingerprint
 
 PROMPTS = {"prompts": ["{name}, waving", "{name}"], "other_prompts": "a dog"}
 COUNTS = {"num_images_per_prompt": 2, "num_drift_images": 4}
@@ -73,3 +74,8 @@ def test_file_names_of_characters_are_safe_and_their_own():
     slugs = [protocol.slug(name) for name in names]
     assert slugs[0] == "rex" and len(set(slugs)) == len(names)
     assert all(set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") for slug in slugs)
+
+
+def test_looks_may_be_told_after_training() -> None:
+    told = load_config(overrides={"looks": {"rex": "red fox"}})
+    assert fingerprint.settings_of(told) == fingerprint.settings_of(load_config())

@@ -28,7 +28,7 @@ from bunny_lora.training.optim import unused_keys
 # written, not what.
 HARMLESS = {
     "output_dir", "data_dir", "source", "min_confidence", "allow_outside_paths", "resume",
-    "num_workers", "pin_memory",
+    "num_workers", "pin_memory", "looks",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
     "training.num_validation_images", "training.trackers", "training.low_memory",

@@ -135,7 +135,6 @@ REGULARS = {
 """Who is always called the same where the denoiser is taught, by species and fur: from them it learns
 that a name can tell who is meant, though it never learns who the heroes are."""
 
-
 _LIKE = {"lilac": ("purple", "pink"), "sky": ("blue",), "crimson": ("red",), "emerald": ("green",)}
 """The colours of things that can hardly be told from a hero's fur."""
 
