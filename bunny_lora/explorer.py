@@ -110,8 +110,8 @@ class Explorer:
             description="seed", min=0, max=2**53 - 1, style=style, layout=half
         )
         self.scale = widgets.FloatSlider(
-            value=1.0, min=0.0, max=1.5, step=0.1, description="LoRA scale", style=style,
-            continuous_update=False,
+            value=studio.config.sampling.lora_scale, min=0.0, max=2.0, step=0.05,
+            description="LoRA scale", style=style, continuous_update=False,
         )  # fmt: skip
         self.wipe = widgets.IntSlider(
             value=50, min=0, max=100, description="base | LoRA", readout=False, style=style,

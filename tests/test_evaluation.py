@@ -185,6 +185,21 @@ def test_other_settings_and_damaged_pictures_are_drawn_again(copy_of_run):
     assert len(changed(copy_of_run, before)) == len(before)
 
 
+def test_a_run_is_judged_and_handed_on_at_its_own_scale_and_the_base_model_at_none(copy_of_run):
+    before = times(copy_of_run)
+    text = load_config(copy_of_run / "config.yaml", {"sampling": {"lora_scale": 0.5}}).to_yaml()
+    files.write_text(copy_of_run / "config.yaml", text)
+    result = evaluation.evaluate(copy_of_run)
+    assert result.settings.lora_scale == 0.5
+    assert {name.split("/")[0] for name in changed(copy_of_run, before)} == {"final", "checkpoint-5"}
+    spec = protocol.specs_of(load_config(copy_of_run / "config.yaml"), "final", "rex")[0]
+    pipe = inference.load_lora_pipeline(lora_weights_dir=copy_of_run)
+    drawn = inference.generate_image(pipe, spec.prompt, seed=spec.seed)
+    assert pipe.recommended.lora_scale == 0.5
+    with Image.open(copy_of_run / "evaluation" / spec.file) as picture:
+        assert picture.convert("RGB").tobytes() == drawn.tobytes()
+
+
 def test_frames_that_show_one_character_alone_are_preferred():
     images = [
         Sample("", Path(), "", characters, faces=((0, 0, 9, 9),) * n_faces)

@@ -117,6 +117,7 @@ class EvalSettings(Part):
     resolution: int = Field(ge=1, description="width and height of the images in pixels")
     num_inference_steps: int = Field(ge=1, description="denoising steps of an image, from 1")
     guidance_scale: float = Field(ge=0, description="strength of classifier-free guidance, from 0")
+    lora_scale: float = Field(1.0, ge=0, description="strength of the LoRA, 1: as trained")
     sampler: str = Field("own", description="what denoised: `sampling.sampler`; own of older files")
 
 

@@ -205,6 +205,8 @@ class SamplingSection(Section):
     """What denoises: the model's own, or another. dpm++-2m-karras needs about half as many steps."""
     guidance_scale: float = Field(7.5, ge=0)
     """How closely a picture follows its prompt; up to 1, half the time and no negative prompt."""
+    lora_scale: Scale = 1.0
+    """How strongly the LoRA counts, 1: as trained; less gives back poses and places that it cost."""
     preview_decoder: Recorded | None = None
     """What decodes the validation pictures of a run, sooner and softer than the model's own:
     madebyollin/taesd or another of its kind, folder or hub name. null: the model's own."""

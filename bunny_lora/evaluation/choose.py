@@ -41,17 +41,17 @@ MAX_FRAMES = 24  # that the loss is of; more are thinned out evenly
 
 @dataclass(frozen=True)
 class Way:
-    """One way of drawing; `guidance_scale` None is the configuration's."""
+    """One way of drawing; `lora_scale` and `guidance_scale` None are the configuration's."""
 
     model: Model
     step: int
-    lora_scale: float = 1.0
+    lora_scale: float | None = None
     guidance_scale: float | None = None
 
     @property
     def is_own(self) -> bool:
         """Whether it is how the run draws unless told otherwise."""
-        return (self.model.name, self.lora_scale, self.guidance_scale) == ("final", 1.0, None)
+        return (self.model.name, self.lora_scale, self.guidance_scale) == ("final", None, None)
 
     def of(self, specs: Sequence[ImageSpec]) -> list[ImageSpec]:
         """Return images, drawn in this way."""
@@ -202,10 +202,11 @@ def shortlist(losses: Sequence[CheckpointLoss], config: Config, *, held_out: boo
 
 def ways_of(models: Sequence[Model], last: Model, steps: dict[str, int], config: Config) -> list[Way]:
     """Return every way of drawing that is tried, the run's own first."""
-    wanted, own = config.evaluation.choose, config.sampling.guidance_scale
-    guidances = [None if g == own else g for g in wanted.guidances or [own]]
+    wanted, own = config.evaluation.choose, config.sampling
+    guidances = [g if g != own.guidance_scale else None for g in wanted.guidances or [None]]
+    scales = [None if scale == own.lora_scale else scale for scale in wanted.scales]
     ways = [Way(last, steps[last.name])]
-    for model, scale, guidance in itertools.product(models, wanted.scales, guidances):
+    for model, scale, guidance in itertools.product(models, scales, guidances):
         ways.append(Way(model, steps[model.name], scale, guidance))
     return list({(w.model.name, w.lora_scale, w.guidance_scale): w for w in ways}.values())
 
@@ -306,14 +307,16 @@ class Bench:
         judged = zip(ways, points, strict=True)
         return verdict, [self._candidate(way, point, clusters) for way, point in judged]
 
-    def _guidance(self, way: Way) -> float:
-        own = self.config.sampling.guidance_scale
-        return own if way.guidance_scale is None else way.guidance_scale
+    def _scales(self, way: Way) -> tuple[float, float]:
+        """Return a way's LoRA scale and guidance in numbers."""
+        settings = protocol.generation_settings(way.of(self.characters[:1])[0], self.config)
+        return settings.lora_scale, settings.guidance_scale
 
     def _point(self, way: Way, judge: Judge) -> Point:
         identity, asked = judge(way.of(self.characters))
-        away = abs(self._guidance(way) - self.config.sampling.guidance_scale)
-        order = (float(not way.is_own), float(way.step), way.lora_scale, away)
+        lora_scale, guidance_scale = self._scales(way)
+        away = abs(guidance_scale - self.config.sampling.guidance_scale)
+        order = (float(not way.is_own), float(way.step), lora_scale, away)
         return Point(identity, asked, self._drift(way), order)
 
     def _drift(self, way: Way) -> torch.Tensor | None:
@@ -328,11 +331,12 @@ class Bench:
     def _candidate(self, way: Way, point: Point, clusters: Sequence[object]) -> Candidate:
         nobody = [spec.prompt for spec in self.nobody]
         asked, drift = point.asked, point.drift
+        lora_scale, guidance_scale = self._scales(way)
         return Candidate(
             model=way.model.name,
             step=way.step,
-            lora_scale=way.lora_scale,
-            guidance_scale=self._guidance(way),
+            lora_scale=lora_scale,
+            guidance_scale=guidance_scale,
             identity=prompt_interval(point.identity, clusters),
             asked=None if asked is None else prompt_interval(asked, clusters),
             drift=None if drift is None else prompt_interval(drift, nobody),

@@ -3,7 +3,7 @@
 1. What is asked for comes first: who is clearly behind the best at it drops out.
 2. Of those left, who is clearly behind the highest identity drops out.
 3. Of those left, who clearly drifts more than the least drops out.
-4. What is then still left is tied. The run's own way (its final weights, scale 1, its own guidance)
+4. What is then still left is tied. The run's own way (its final weights, its own scale and guidance)
    wins a tie; else the earliest checkpoint, the lowest scale, the guidance nearest to the run's own.
 
 "Clearly": the interval of the differences, image by image and whole prompts drawn together, is all on

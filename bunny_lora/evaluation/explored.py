@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture: `model` is base, checkpoint-<step> or final."""
+    """One picture: `model` is base, checkpoint-<step> or final; `lora_scale` None the run's own."""
 
     model: str
     prompt: str
     seed: int
-    lora_scale: float = 1.0
+    lora_scale: float | None = None
 
 
 @dataclass
@@ -108,8 +108,7 @@ class Studio:
 
     def _made_by(self, wanted: Wanted) -> tuple[Model, ImageSettings]:
         model = self.models[wanted.model]
-        scale = 1.0 if wanted.model == BASE else wanted.lora_scale
-        spec = ImageSpec(wanted.model, "", 0, wanted.prompt, wanted.seed, scale)
+        spec = ImageSpec(wanted.model, "", 0, wanted.prompt, wanted.seed, wanted.lora_scale)
         return model, protocol.generation_settings(spec, self.config)
 
     def _places(self, wanted: Wanted, settings: ImageSettings, model: Model) -> list[Path]:
@@ -121,7 +120,9 @@ class Studio:
             for spec in protocol.specs_of(self.config, wanted.model, character)
             if (spec.prompt, spec.seed) == (wanted.prompt, wanted.seed)
         ]
-        named = [folder / _scaled(spec, settings.lora_scale).file for spec in specs]
+        own = wanted.model == BASE or settings.lora_scale == self.config.sampling.lora_scale
+        scale = None if own else settings.lora_scale
+        named = [folder / replace(spec, lora_scale=scale).file for spec in specs]
         made_by = json.dumps(settings.model_dump() | model.identity, sort_keys=True)
         digest = hashlib.sha256(made_by.encode()).hexdigest()[:20]
         return [*named, folder / FOLDER / f"{digest}.png"]
@@ -141,10 +142,6 @@ class Studio:
             )
             self._loaded = (drawing.name, pipe)
         return self._loaded[1]
-
-
-def _scaled(spec: ImageSpec, lora_scale: float) -> ImageSpec:
-    return ImageSpec(spec.model, spec.character, spec.prompt_index, spec.prompt, spec.seed, lora_scale)
 
 
 def _characters(run_dir: Path, config: Config) -> list[str]:

@@ -50,7 +50,7 @@ class Model:
 class ImageSpec:
     """One image of the protocol: what it shows, and what draws it from which seed.
 
-    `guidance_scale` is None where it is the configuration's.
+    `lora_scale` and `guidance_scale` are None where they are the configuration's.
     """
 
     model: str
@@ -58,7 +58,7 @@ class ImageSpec:
     prompt_index: int
     prompt: str
     seed: int
-    lora_scale: float = 1.0
+    lora_scale: float | None = None
     guidance_scale: float | None = None
 
     @property
@@ -66,9 +66,8 @@ class ImageSpec:
         """Where the picture lies below `<run>/evaluation/`."""
         subject = NOBODY.get(self.character) or slug(self.character)
         folder = self.model
-        if self.guidance_scale is not None or self.lora_scale != 1:
-            guidance = "" if self.guidance_scale is None else f"-guidance-{self.guidance_scale:g}"
-            folder += f"-scale-{self.lora_scale:g}{guidance}"
+        folder += "" if self.lora_scale is None else f"-scale-{self.lora_scale:g}"
+        folder += "" if self.guidance_scale is None else f"-guidance-{self.guidance_scale:g}"
         return f"images/{folder}/{subject}-{self.prompt_index}-{self.seed}.png"
 
 
@@ -240,9 +239,11 @@ def _together(specs: list[ImageSpec], at_most: int) -> list[list[ImageSpec]]:
 
 
 def generation_settings(spec: ImageSpec, config: Config) -> ImageSettings:
-    """Return how an image is drawn: as the run's samples are, but for what the image says itself."""
+    """Return how an image is drawn: as the run's samples are, but for what the image says itself.
+
+    The base model has no LoRA, and its images are the same at any scale.
+    """
     settings = validation.settings_of(config, spec.prompt, spec.seed)
-    changes: dict[str, float] = {"lora_scale": spec.lora_scale}
-    if spec.guidance_scale is not None:
-        changes["guidance_scale"] = spec.guidance_scale
-    return settings.model_copy(update=changes)
+    scale = 1.0 if spec.model == "base" else spec.lora_scale
+    changes = {"lora_scale": scale, "guidance_scale": spec.guidance_scale}
+    return settings.model_copy(update={key: v for key, v in changes.items() if v is not None})

@@ -160,7 +160,7 @@ def recommended_by(config: Config) -> Recommended:
     name = components.sampler_name(config.base_model, config.sampling.sampler)
     sampler, options = samplers.described(name)
     return Recommended(
-        lora_scale=1.0,
+        lora_scale=config.sampling.lora_scale,
         num_inference_steps=config.sampling.num_inference_steps,
         guidance_scale=config.sampling.guidance_scale,
         width=config.resolution,

@@ -64,6 +64,7 @@ def settings_of(config: Config, prompt: str, seed: int) -> ImageSettings:
         height=config.resolution,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
+        lora_scale=sampling.lora_scale,
         sampler=components.sampler_name(config.base_model, sampling.sampler),
     )
 
