@@ -203,7 +203,8 @@ def shortlist(losses: Sequence[CheckpointLoss], config: Config, *, held_out: boo
 def ways_of(models: Sequence[Model], last: Model, steps: dict[str, int], config: Config) -> list[Way]:
     """Return every way of drawing that is tried, the run's own first."""
     wanted, own = config.evaluation.choose, config.sampling
-    guidances = [g if g != own.guidance_scale else None for g in wanted.guidances or [None]]
+    wanted_guidances = wanted.guidances or [own.guidance_scale]
+    guidances = [g if g != own.guidance_scale else None for g in wanted_guidances]
     scales = [None if scale == own.lora_scale else scale for scale in wanted.scales]
     ways = [Way(last, steps[last.name])]
     for model, scale, guidance in itertools.product(models, scales, guidances):
