@@ -27,6 +27,7 @@ from bunny_lora.core.schema import is_section
 from bunny_lora.core.sections import (
     EvaluationSection,
     LoRASection,
+    NamingSection,
     PreservationSection,
     PriorPreservationSection,
     SamplingSection,
@@ -74,7 +75,7 @@ class Config(Section):
     """Names or trigger words that captions have: who is in a picture, where no analysis says so."""
     looks: dict[str, str] = Field(default_factory=dict)
     """What characters look like, in the words of captions, `rex: red fox in a green hat`: evaluation's
-    prompts say it at `{looks}`. What words can tell, a name need not bring."""
+    prompts say it at `{looks}`, and `naming` teaches it to their names."""
     instance_prompt: str = "cartoon character"
     """The caption of pictures that have none."""
     resolution: int = Field(512, ge=8, le=8192, multiple_of=8)
@@ -114,6 +115,7 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     prior_preservation: PriorPreservationSection = PriorPreservationSection()
     preservation: PreservationSection = PreservationSection()
+    naming: NamingSection = NamingSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
     _user_settings: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -158,6 +160,22 @@ class Config(Section):
             raise ValueError(
                 "prompts has {looks}, and nobody's are told: set looks, such as"
                 " looks: {rex: red fox in a green hat}, or leave {looks} out"
+            )
+        return value
+
+    @field_validator("naming")
+    @classmethod
+    def _names_can_be_taught(cls, value: NamingSection, info: ValidationInfo) -> NamingSection:
+        if value.share and not info.data.get("looks"):
+            raise ValueError(
+                "share teaches names what looks say, and nobody's are told: set looks, such as"
+                " looks: {rex: red fox in a green hat}, or share: 0"
+            )
+        preserved = info.data.get("preservation", PreservationSection()).share
+        if value.share + preserved >= 1:
+            raise ValueError(
+                f"share {value.share:g} and preservation.share {preserved:g} leave no sample to learn"
+                " from its picture: together they must be below 1"
             )
         return value
 

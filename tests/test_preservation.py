@@ -14,6 +14,9 @@ from bunny_lora.model import diffusion
 from bunny_lora.model.components import encode_prompts
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import setup
+from bunny_lora.training.latents import Batch
+from bunny_lora.training.lessons import Lesson, noisy_rows, preserved_rows, with_lessons
+from bunny_lora.training.objective import Learner
 from bunny_lora.training.setup import Setup
 
 N_IMAGES = 4
@@ -53,6 +56,11 @@ def moved(model: PeftModel) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
 
 
+def lessons_at(learner: Learner, position: int) -> tuple[Batch, dict[int, Lesson]]:
+    batch = learner._batch(learner.images, position)
+    return with_lessons(batch, position, learner.config, learner.images.names, lambda _: True)
+
+
 def weights(run_dir: Path) -> dict[str, bytes]:
     return {part.parent.name: part.read_bytes() for part in run_dir.glob("final/*/*.safetensors")}
 
@@ -63,11 +71,15 @@ def test_of_each_step_the_share_is_preserved_in_whatever_batches_it_comes(
     learner = loaded(tiny_model).learner
     for share, size in ((0.25, 8), (0.25, 4), (0.5, 2), (0.75, 4)):
         learner.config = config_of(tiny_model, share, training={"batch_size": size})
-        n_preserved = [len(learner._preserved(position)) for position in range(0, 10 * size, size)]
+        n_preserved = [
+            len(preserved_rows(learner.config, position)) for position in range(0, 10 * size, size)
+        ]
         assert n_preserved == [share * size] * 10
-        at_once = [row + first for first in (0, size) for row in learner._preserved(first)]
+        at_once = [row + first for first in (0, size) for row in preserved_rows(learner.config, first)]
         learner.config = config_of(tiny_model, share)
-        assert at_once == [position for position in range(2 * size) if learner._preserved(position)]
+        assert at_once == [
+            position for position in range(2 * size) if preserved_rows(learner.config, position)
+        ]
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -75,7 +87,7 @@ def test_with_a_lora_that_changes_nothing_there_is_nothing_to_preserve(
     tiny_model: str, data: Path, trained: bool
 ) -> None:
     run = loaded(tiny_model, lora={"train_text_encoder": trained})
-    preserved = [position for position in range(8) if run.learner._preserved(position)]
+    preserved = [position for position in range(8) if preserved_rows(run.learner.config, position)]
     assert preserved == [1, 3, 5, 7]
     assert all(run.learner.loss(position).item() == 0 for position in preserved)
     assert all(run.learner.loss(position).item() > 0.1 for position in (0, 2, 4, 6))
@@ -93,7 +105,7 @@ def test_the_loss_is_the_distance_from_what_the_base_model_predicts(
     for model in run.state.models.values():
         moved(model)
     batch = run.learner._batch(run.learner.images, 4)
-    instance, preserved = run.learner._without_names(batch, [1], 4).captions
+    instance, preserved = lessons_at(run.learner, 4)[0].captions
     assert instance == batch.captions[0] and "ellie" not in preserved
     alphas_cumprod = run.parts.noise_scheduler.alphas_cumprod
     noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
@@ -116,9 +128,9 @@ def test_the_noisiest_samples_stay_as_they_are_names_and_all(tiny_model: str, da
     least = int(batch.timesteps[order[2]])
     preservation = {"share": 0.0, "from_timestep": least}
     run.learner.config = tiny_config(tiny_model, preservation=preservation, training={"batch_size": 4})
-    noisy = run.learner._noisy(batch.timesteps)
+    noisy = noisy_rows(run.learner.config, batch.timesteps)
     assert sorted(noisy) == sorted(order[2:].tolist())
-    losses = run.learner.losses(batch, noisy)
+    losses = run.learner.losses(batch, lessons_at(run.learner, 0)[1])
     assert all(losses[row] < 1e-6 for row in noisy), "a LoRA that changes nothing"
     assert all(losses[row] > 0.1 for row in order[:2].tolist())
     assert run.learner.loss(0).item() == pytest.approx(losses.mean().item())
@@ -129,11 +141,10 @@ def test_the_noisiest_samples_stay_as_they_are_names_and_all(tiny_model: str, da
 def test_names_are_taken_out_of_some_captions_and_others_are_of_another_subject_or_empty(
     tiny_model: str, data: Path
 ) -> None:
-    run = loaded(tiny_model, training={"batch_size": 1})
-    learner, seen = run.learner, []
-    for position in range(200):
-        batch = learner._batch(learner.images, position)
-        seen += learner._without_names(batch, [0], position).captions
+    learner = loaded(tiny_model, training={"batch_size": 1}).learner
+    found = [lessons_at(learner, position) for position in range(1, 400, 2)]
+    seen = [batch.captions[0] for batch, _ in found]
+    assert [lessons[0].caption for _, lessons in found] == seen
     nameless = {f"cartoon bunny number {i}" for i in range(N_IMAGES)}
     assert set(seen) == {"", "cartoon character", *nameless}
     shares = [seen.count("") / 200, seen.count("cartoon character") / 200]
@@ -148,8 +159,7 @@ def test_without_known_names_the_captions_themselves_are_never_preserved(
     know(data, [])
     learner = loaded(tiny_model).learner
     assert "preservation.share: the data say of nobody" in capsys.readouterr().out
-    batch = learner._batch(learner.images, 0)
-    seen = {learner._without_names(batch, [0], position).captions[0] for position in range(20)}
+    seen = {lessons_at(learner, position)[0].captions[0] for position in range(1, 40, 2)}
     assert seen == {"", "cartoon character"}
 
 
@@ -192,7 +202,7 @@ def test_it_holds_the_empty_prompt_nearer_to_the_base_model(tiny_model: str, dat
         run = trainer.setup
         batch = run.learner._batch(run.learner.images, 1000)
         with torch.no_grad():
-            base = run.learner._base_prediction(batch.noise, batch.timesteps, [""] * 4)
+            base = run.learner.predict(batch.noise, batch.timesteps, [""] * 4, 0)
             hidden_states = encode_prompts(run.parts, [""] * 4)
             now = run.parts.unet(batch.noise, batch.timesteps, hidden_states).sample
         moved_by[share] = (now - base).square().mean().item()

@@ -196,6 +196,18 @@ class PreservationSection(Section):
     """How much the loss of each counts; 1: as much as that of any other."""
 
 
+class NamingSection(Section):
+    """Names come to mean looks: of a caption that gives a name alone, some samples learn what the model
+    without its LoRA predicts of the same caption with what `looks` say of its bearer."""
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """How many of each step's samples, from 0 to below 1. 0: none, off."""
+    lora_scale: Scale = 0.7
+    """At which scale the LoRA predicts what is learnt; 0: the base model alone."""
+    weight: float = Field(5.0, gt=0)
+    """How much the loss of each counts; 1: as much as that of any other."""
+
+
 class SamplingSection(Section):
     """How pictures are drawn for validation, class images and evaluation."""
 

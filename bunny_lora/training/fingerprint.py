@@ -28,7 +28,7 @@ from bunny_lora.training.optim import unused_keys
 # written, not what.
 HARMLESS = {
     "output_dir", "data_dir", "source", "min_confidence", "allow_outside_paths", "resume",
-    "num_workers", "pin_memory", "looks",
+    "num_workers", "pin_memory",
     "sampling", "evaluation", "training.save_steps", "training.save_minutes",
     "training.keep_checkpoints", "training.logging_steps", "training.validation_prompt",
     "training.num_validation_images", "training.trackers", "training.low_memory",
@@ -70,6 +70,8 @@ def settings_of(config: Config) -> dict[str, Any]:
     ignored = HARMLESS | IN_ENVIRONMENT
     if config.training.lr_scheduler.startswith("constant"):
         ignored = ignored | {"training.max_train_steps"}
+    if not config.naming.share:
+        ignored = ignored | {"looks"}  # Then they are the evaluation's alone.
     settings = flat(config.model_dump(mode="json"))
     settings["base_model"], _ = split_revision(config.base_model)  # Its commit tells more.
     return {key: v for key, v in settings.items() if not {key, key.split(".")[0]} & ignored}

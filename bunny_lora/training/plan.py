@@ -168,7 +168,8 @@ def often(config: Config, images: ImageDataset, n_images: int) -> tuple[list[flo
         balance=config.balance_characters, zoom=config.zoom_on_faces, groups=groups
     )
     each = [n_images * n / sum(repeats) for n in repeats]
+    of_pictures = 1 - config.preservation.share - config.naming.share
     counts: Counter[str] = Counter()
     for sample, n in zip(images.samples, each, strict=True):
-        counts.update(dict.fromkeys(sample.characters, n * (1 - config.preservation.share)))
+        counts.update(dict.fromkeys(sample.characters, n * of_pictures))
     return each, dict(sorted(counts.items(), key=lambda item: -item[1]))

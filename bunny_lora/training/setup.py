@@ -194,6 +194,7 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
     """Return in lines which settings find nothing in the data to work on."""
     views = [view for views in images.views for view in views]
     near = any(len(views) > 1 + config.random_flip for views in images.views)
+    untold, unseen = images.names - set(config.looks), set(config.looks) - images.names
     said = {
         "training.caption_tag_dropout does nothing: no caption has a part, after a comma, that may be"
         " left out.": config.training.caption_tag_dropout and not images.has_parts,
@@ -205,6 +206,11 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
         " tied to names.": config.zoom_on_faces and not near,
         "balance_characters does nothing: the data say of nobody who is in a picture.": (
             config.balance_characters and not images.names
+        ),
+        f"naming.share: of {', '.join(sorted(untold))} looks tell nothing, so these names are taught by"
+        " pictures alone.": config.naming.share and untold,
+        f"looks: no picture is said to show {', '.join(sorted(unseen))}: taught by words alone.": (
+            config.naming.share and unseen
         ),
         "mask_neighbours does nothing: no view from near is known to show somebody else.": (
             config.mask_neighbours and all(view.mask is None for view in views)
