@@ -73,12 +73,13 @@ def trainer(project: Path, tiny_model: str) -> LoRATrainer:
         "training": {"max_train_steps": 6, "save_steps": 3, "validation_prompt": ["a", "b"]},
         "resolution": 128,
         "balance_characters": True,
+        "thin_duplicates": True,
     }
     return LoRATrainer(config=tiny_config(tiny_model, **settings))
 
 
 def test_a_plan_counts_the_run_and_leaves_nothing_behind(
-    trainer: LoRATrainer, project: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: LoRATrainer, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     before = sorted(project.rglob("*"))
     loaded = []
@@ -87,6 +88,7 @@ def test_a_plan_counts_the_run_and_leaves_nothing_behind(
         components, "load_components", lambda *given: loaded.append(load(*given)) or loaded[-1]
     )
     found = trainer.plan()
+    assert "thin_duplicates" not in capsys.readouterr().out, "two images say nothing of the whole"
     assert found.work == Work(
         n_updates=6, n_micro_batches=12, n_views=3, n_captions=3, n_milestones=2, n_pictures=8,
         n_denoising_steps=2,

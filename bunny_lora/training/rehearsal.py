@@ -129,6 +129,8 @@ def _encode_few(
 ) -> tuple[EncodedImages, float]:
     """Return a few images as the run would train on them, and the seconds that a view of them takes."""
     few = [samples[0], samples[len(samples) // 2]]
+    # Both say what they find, which of two images would be untrue of the whole.
+    config = config.model_copy(update={"face_encoder": None, "thin_duplicates": False})
     setup.encode(config, parts, few[:1], folder, "training")  # warms up
     started = time.perf_counter()
     images = setup.encode(config, parts, few, folder, "training")
