@@ -16,7 +16,7 @@ from bunny_lora.training.lessons import (
     naming_rows,
     preserved_rows,
     with_lessons,
-    with_looks,
+    with_looks_told,
 )
 
 LOOKS = {"ellie": "grey bunny in a red scarf"}
@@ -42,7 +42,7 @@ def data(project: Path) -> Path:
     ],
 )
 def test_looks_are_told_where_a_name_first_comes(caption: str, told: str) -> None:
-    assert with_looks(caption, LOOKS | {"rex": "fox"}) == told
+    assert with_looks_told(caption, LOOKS | {"rex": "fox"}) == told
 
 
 @pytest.mark.parametrize(("preserved", "naming"), [(0.25, 0.25), (0.3, 0.2), (0.0, 0.75), (0.5, 0.1)])
@@ -78,7 +78,7 @@ def test_a_sample_learns_by_the_name_what_the_model_draws_of_name_and_looks(
     assert run.learner.characters(0) == {"ellie": 2}, "the others learn nothing of their pictures"
     for row, lesson in lessons.items():
         assert "ellie" in batch.captions[row] and "scarf" not in batch.captions[row]
-        assert lesson.caption == with_looks(batch.captions[row], LOOKS)
+        assert lesson.caption == with_looks_told(batch.captions[row], LOOKS)
         assert batch.timesteps[row] >= LEAST_TIMESTEP
     alphas_cumprod = run.parts.noise_scheduler.alphas_cumprod
     noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
@@ -191,7 +191,7 @@ def test_a_name_comes_to_mean_its_looks(tiny_model: str, data: Path) -> None:
         batch = learner._batch(learner.images, 1000)
         alone, told = (
             learner.predict(batch.noise, batch.timesteps, [text] * 4, 1)
-            for text in ("ellie, waving", with_looks("ellie, waving", LOOKS))
+            for text in ("ellie, waving", with_looks_told("ellie, waving", LOOKS))
         )
         apart[share] = ((alone - told).square().mean() / told.square().mean()).item()
     assert 0 < apart[0.7] < 0.7 * apart[0.01]

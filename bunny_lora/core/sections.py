@@ -191,14 +191,15 @@ class PreservationSection(Section):
     """How many of each step's samples, from 0 to below 1. 0: none, off."""
     from_timestep: int | None = Field(None, ge=1, lt=1000)
     """All samples from this timestep on, of 1000, too, names and all: so noisy, pose and place are
-    settled, and few frames are soon known by heart. null: none."""
+    settled, and few frames are soon known by heart. With `naming`, names as if their looks were told.
+    null: none."""
     weight: float = Field(1.0, gt=0)
     """How much the loss of each counts; 1: as much as that of any other."""
 
 
 class NamingSection(Section):
     """Names come to mean looks: of a caption that gives a name alone, some samples learn what the model
-    without its LoRA predicts of the same caption with what `looks` say of its bearer."""
+    itself predicts of the same caption with what `looks` say of the bearer."""
 
     share: float = Field(0.0, ge=0, lt=1)
     """How many of each step's samples, from 0 to below 1. 0: none, off."""

@@ -151,7 +151,7 @@ def name_only(caption: str, seen: Collection[str], unseen: Collection[str], n_fa
 def _without_others(part: str, caption: str, seen: Collection[str], unseen: Collection[str]) -> str:
     """Return what a part of a caption says of those who are seen."""
     mentions = [match.start() for name in unseen if (match := find_name(part, name))]
-    if not mentions or _names_any(part, seen):
+    if not mentions or names_any(part, seen):
         return part
     first = _in_order(caption, [*seen, *unseen])[0]
     before = part[: min(mentions)].rstrip()
@@ -176,7 +176,7 @@ def _owners(caption: str, names: Collection[str], n_faces: int) -> dict[int, str
     looks = [
         place
         for place, part in enumerate(caption_parts(caption))
-        if place and DESCRIPTION.match(part) and not _names_any(part, names)
+        if place and DESCRIPTION.match(part) and not names_any(part, names)
     ]
     named = _in_order(caption, names)
     if len(looks) < len(named) or len(looks) not in (len(named), n_faces):
@@ -184,7 +184,8 @@ def _owners(caption: str, names: Collection[str], n_faces: int) -> dict[int, str
     return dict(itertools.zip_longest(looks, named))
 
 
-def _names_any(text: str, names: Collection[str]) -> bool:
+def names_any(text: str, names: Collection[str]) -> bool:
+    """Whether a text has one of the names as a word of its own."""
     return any(find_name(text, name) for name in names)
 
 

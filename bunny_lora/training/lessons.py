@@ -14,7 +14,7 @@ import torch
 
 from bunny_lora.config import Config
 from bunny_lora.core.seeding import generator
-from bunny_lora.data.captions import caption_parts, find_name, without_names
+from bunny_lora.data.captions import caption_parts, find_name, names_any, without_names
 from bunny_lora.training.latents import Batch
 
 # Of preserved samples: half of guidance is the empty prompt, and a class stands for other subjects.
@@ -128,7 +128,7 @@ def _of_one(caption: str, looks: Mapping[str, str], random: torch.Generator) -> 
     parts = caption_parts(caption)[1:]
     draws = torch.rand(len(parts), generator=random)
     kept = [part for part, draw in zip(parts, draws, strict=True) if draw < KEPT_PARTS]
-    return name + "".join(part for part in kept if not _names_any(part, looks))
+    return name + "".join(part for part in kept if not names_any(part, looks))
 
 
 def _told(caption: str, looks: Mapping[str, str], fits: Callable[[str], bool]) -> tuple[str, str]:
@@ -137,21 +137,17 @@ def _told(caption: str, looks: Mapping[str, str], fits: Callable[[str], bool]) -
     The last parts without a name are left out of both until the longer one fits.
     """
     parts = caption_parts(caption)
-    while (longer := with_looks("".join(parts), looks)) != "".join(parts) and not fits(longer):
-        free = [place for place, part in enumerate(parts) if place and not _names_any(part, looks)]
+    while (longer := with_looks_told("".join(parts), looks)) != "".join(parts) and not fits(longer):
+        free = [place for place, part in enumerate(parts) if place and not names_any(part, looks)]
         if not free:
             break
         del parts[free[-1]]
     return "".join(parts), longer
 
 
-def with_looks(caption: str, looks: Mapping[str, str]) -> str:
+def with_looks_told(caption: str, looks: Mapping[str, str]) -> str:
     """Return a caption that says after each name, where it first comes, what its bearer looks like."""
     found = {match.end(): looks[name] for name in looks if (match := find_name(caption, name))}
     for end in sorted(found, reverse=True):
         caption = f"{caption[:end]}, {found[end]}{caption[end:]}"
     return caption
-
-
-def _names_any(text: str, names: Collection[str]) -> bool:
-    return any(find_name(text, name) for name in names)
