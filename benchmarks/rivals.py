@@ -8,7 +8,7 @@ from torch.nn.functional import mse_loss
 
 from bunny_lora.model import adapters, components
 from bunny_lora.trainer import LoRATrainer
-from bunny_lora.training.latents import Batch
+from bunny_lora.training.batch import Batch
 
 SEED = 42
 

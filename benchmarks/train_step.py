@@ -31,7 +31,7 @@ from bunny_lora.model.fast import choice, pooled
 from bunny_lora.model.fast.choice import FastPath
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import fingerprint
-from bunny_lora.training.latents import Batch
+from bunny_lora.training.batch import Batch
 from bunny_lora.world.film import write_film
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}

@@ -37,6 +37,7 @@ from bunny_lora.core.sections import (
 from bunny_lora.core.values import (
     OwnFolder,
     Recorded,
+    Zoom,
     shown,
     split_revision,
 )
@@ -87,8 +88,9 @@ class Config(Section):
     square, each batch of one size. center_crop then says nothing."""
     random_flip: bool = False
     """Show pictures mirrored as often as not; wrong for characters whose sides differ."""
-    zoom_on_faces: bool = False
-    """A picture of one character whose face was found is shown from near as often as whole."""
+    zoom_on_faces: Zoom = False
+    """A picture of one character whose face was found is shown from near as often as whole; only: never
+    whole, so that what is small in it is seen twice as often."""
     face_encoder: str | None = None
     """What ties faces to names: bunny-world, or an image encoder (CLIP, DINOv2), folder or hub name.
     zoom_on_faces then shows all who are named in a picture, and captions name only whose face is seen;

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bunny_lora.core import files, paths, seeding
+from bunny_lora.core.values import Zoom
 from bunny_lora.data.buckets import bucket_of
 from bunny_lora.data.captions import MEDIUM, PORTRAIT, name_first, name_only, near_caption
 from bunny_lora.data.folder import Listing, has_captions, read_folder
@@ -123,7 +124,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         return pixels.to(torch.float32) / 127.5 - 1.0
 
     def repeats(
-        self, *, balance: bool = True, zoom: bool = False, groups: Sequence[int] | None = None
+        self, *, balance: bool = True, zoom: Zoom = False, groups: Sequence[int] | None = None
     ) -> list[int]:
         """Return how often to show each picture; with `balance`, every character about as often.
 
@@ -132,7 +133,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
 
         Args:
             balance: characters, or leave the pictures as they are.
-            zoom: there are views from near.
+            zoom: there are views from near; "only": and no others, where there are.
             groups: as `near_duplicates` returns them: who is in one shares the weight of one picture.
         """
         sizes = Counter(groups or range(len(self)))
@@ -144,7 +145,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             weights = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
         return [max(1, round(weight * largest)) for weight in weights]
 
-    def _rarity(self, weights: list[float], *, zoom: bool) -> list[int]:
+    def _rarity(self, weights: list[float], *, zoom: Zoom) -> list[int]:
         """Return how many times rarer than the commonest character the rarest of each picture is."""
         counts: dict[str, float] = {}
         for index, weight in enumerate(weights):
@@ -157,7 +158,7 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
             for names in seen
         ]
 
-    def _seen(self, index: int, *, zoom: bool) -> dict[str, float]:
+    def _seen(self, index: int, *, zoom: Zoom) -> dict[str, float]:
         """Return in what share of a picture's views each character is seen."""
         characters = self.samples[index].characters
         if self.face_names is None:
@@ -167,7 +168,10 @@ class ImageDataset(torch.utils.data.Dataset[torch.Tensor]):
         faces = [self.face_names[index][face] for face in self.faces_to_zoom(index)]
         if not (zoom and faces):
             return whole
-        return {name: (share + faces.count(name) / len(faces)) / 2 for name, share in whole.items()}
+        near = {name: faces.count(name) / len(faces) for name in whole}
+        if zoom == "only":
+            return near
+        return {name: (share + near[name]) / 2 for name, share in whole.items()}
 
     def faces_to_zoom(self, index: int) -> list[int]:
         """Return which faces of a picture are known by name, so that it is clear who would be seen."""

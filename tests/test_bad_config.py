@@ -257,3 +257,8 @@ def test_an_address_which_may_hold_a_token_is_refused_without_being_repeated():
 
 def test_the_defaults_are_what_they_are_recorded_as():
     assert validate(Config().model_dump()).model_dump() == Config().model_dump()
+
+
+def test_a_range_of_timesteps_that_holds_none_is_refused():
+    with pytest.raises(BunnyLoraError, match="timestep_bias_begin has to lie below timestep_bias_end"):
+        validate({"training": {"timestep_bias_begin": 700, "timestep_bias_end": 700}})

@@ -61,6 +61,7 @@ def test_views_are_the_squares_faces_and_mirror_images_that_training_draws(tmp_p
     for changes, n in (
         ({"zoom_on_faces": True}, 6),
         ({"zoom_on_faces": True, "random_flip": True}, 12),
+        ({"zoom_on_faces": "only", "random_flip": True}, 2),
         ({"center_crop": True}, 1),
     ):
         config = tiny_config("random-tiny", **{"resolution": 48, "center_crop": False} | changes)

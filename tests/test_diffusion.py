@@ -67,3 +67,17 @@ def test_loss_is_one_number_a_sample_in_float32(sample: tuple) -> None:
     assert losses.dtype == torch.float32 and losses.shape == (5,)
     by_hand = [((a - b) ** 2).mean() for a, b in zip(latents, noise, strict=True)]
     torch.testing.assert_close(losses, torch.stack(by_hand), rtol=0.02, atol=0.02)
+
+
+def test_biased_timesteps_come_so_many_times_as_often_from_their_range() -> None:
+    even = torch.arange(1000)
+    for begin, end in ((150, 700), (0, 1000), (0, 1), (999, 1000)):
+        assert torch.equal(diffusion.biased_timesteps(even, (begin, end, 1.0), 1000), even)
+    drawn = diffusion.biased_timesteps(even, (150, 700, 8.0), 1000)
+    counts = torch.histc(drawn.float(), bins=20, min=0, max=1000)
+    inside, outside = counts[3:14], torch.cat([counts[:3], counts[14:]])
+    assert inside.mean() / outside.mean() == pytest.approx(8, rel=0.05)
+    assert inside.max() - inside.min() <= 2 and outside.max() - outside.min() <= 2
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    never = diffusion.biased_timesteps(even, (150, 700, 1e-6), 1000)
+    assert ((never < 150) | (never >= 700)).all()

@@ -244,7 +244,8 @@ def test_a_run_shows_all_who_are_named_from_near_as_often_as_whole(
     options: dict = {"zoom_on_faces": True, "center_crop": False}
     plain = setup.set_up(tiny_config(tiny_model, **options)).learner.images
     assert [len(views) for views in plain.views] == [2, 2, 1, 1, 1] and plain.view_captions == []
-    config = tiny_config(tiny_model, face_encoder="bunny-world", **options)
+    encoder: dict = {"face_encoder": "bunny-world", "center_crop": False}
+    config = tiny_config(tiny_model, zoom_on_faces=True, **encoder)
     images = setup.set_up(config).learner.images
     assert "face_encoder: 4 faces in 3 pictures" in capsys.readouterr().out
     assert [len(views) for views in images.views] == [2, 2, 1, 1, 4]
@@ -252,6 +253,9 @@ def test_a_run_shows_all_who_are_named_from_near_as_often_as_whole(
     assert called == [None, None, "ellie, medium shot", "rex, medium shot"]
     seen = images.batch(0, 0, 1000, 1000).captions
     assert set(called[2:]) < set(seen)
+    near = setup.set_up(tiny_config(tiny_model, zoom_on_faces="only", **encoder)).learner.images
+    assert [len(views) for views in near.views] == [1, 1, 1, 1, 2]
+    assert "zoom_on_faces does nothing" not in capsys.readouterr().out
 
 
 def test_a_square_names_nobody_whose_face_it_cuts_off(tiny_model: str, data: Path) -> None:

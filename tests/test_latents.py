@@ -227,6 +227,9 @@ def test_zooming_shows_the_only_face_from_near(vae: AutoencoderKL, folder: Path)
     torch.testing.assert_close(encoded.views[0][1].latent_dist[0], expected, rtol=1e-4, atol=1e-4)
     plain = encode(vae, folder, center_crop=False)
     assert [len(views) for views in plain.views] == [1] * N_IMAGES
+    only = encode(vae, folder, zoom_on_faces="only", center_crop=False)
+    assert [[view.zoomed for view in views] for views in only.views] == [[True], *[[False]] * 4]
+    assert torch.equal(only.views[0][0].latent_dist, encoded.views[0][1].latent_dist)
 
 
 def test_pictures_come_as_often_as_they_repeat(vae: AutoencoderKL, folder: Path) -> None:

@@ -14,7 +14,7 @@ from bunny_lora.model import diffusion
 from bunny_lora.model.components import encode_prompts
 from bunny_lora.trainer import LoRATrainer
 from bunny_lora.training import setup
-from bunny_lora.training.latents import Batch
+from bunny_lora.training.batch import Batch
 from bunny_lora.training.lessons import Lesson, noisy_rows, preserved_rows, with_lessons
 from bunny_lora.training.objective import Learner
 from bunny_lora.training.setup import Setup
@@ -213,3 +213,22 @@ def test_a_run_with_another_share_is_another_run(tiny_model: str, data: Path) ->
     LoRATrainer(config=config_of(tiny_model, 0.0)).train()
     with pytest.raises(Exception, match=r"preservation\.share: 0\.0 before, 0\.25 now"):
         LoRATrainer(config=config_of(tiny_model, 0.25)).train()
+
+
+def test_timesteps_are_biased_for_pictures_and_not_for_lessons(tiny_model: str, data: Path) -> None:
+    """So many times as often from a range, as `training.timestep_bias_multiplier` says."""
+    bias = {"timestep_bias_begin": 200, "timestep_bias_end": 600, "timestep_bias_multiplier": 1e6}
+    even, biased = (
+        loaded(tiny_model, 0.5, training={"batch_size": 8} | keys).learner for keys in ({}, bias)
+    )
+    kept, own = [], []
+    for position in range(0, 80, 8):
+        (before, lessons), (after, _) = lessons_at(even, position), lessons_at(biased, position)
+        for row, (one, other) in enumerate(zip(before.timesteps, after.timesteps, strict=True)):
+            (kept if row in lessons else own).append((int(one), int(other)))
+        assert before.captions == after.captions
+    assert len(kept) == len(own) == 40
+    assert all(one == other for one, other in kept)
+    assert all(200 <= other < 600 for _, other in own)
+    assert [other for _, other in sorted(own)] == sorted(other for _, other in own)
+    assert not all(200 <= one < 600 for one, _ in own)

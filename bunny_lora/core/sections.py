@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from bunny_lora.core.values import (
     MAX_NUMBER,
@@ -128,6 +128,13 @@ class TrainingSection(Section):
     is learnt. null: exact."""
     snr_gamma: float | None = Field(None, gt=0)
     """Weights of min(SNR, gamma), https://arxiv.org/abs/2303.09556, where it is 5. null: all alike."""
+    timestep_bias_multiplier: float = Field(1.0, gt=0)
+    """How many times as often as the others the timesteps from `timestep_bias_begin` on, and below
+    `timestep_bias_end`, are drawn for pictures, as diffusers' scripts for SDXL can. 1: all alike."""
+    timestep_bias_begin: int = Field(0, ge=0, lt=1000)
+    """The first of them, of 1000: below, noise hides nothing that words or names could tell."""
+    timestep_bias_end: int = Field(1000, ge=1, le=1000)
+    """The first above them: `preservation.from_timestep`, where that is set."""
     seed: int = Field(42, ge=0)
     """Of everything that is random in training and in the validation pictures."""
     save_steps: int = Field(100, ge=1)
@@ -157,6 +164,12 @@ class TrainingSection(Section):
     def _yaml_on_and_off_are_words(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `on` as true, `off` as false."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _bias_has_timesteps(self) -> TrainingSection:
+        if self.timestep_bias_begin >= self.timestep_bias_end:
+            raise ValueError("timestep_bias_begin has to lie below timestep_bias_end")
+        return self
 
     @property
     def validation_prompts(self) -> list[str]:

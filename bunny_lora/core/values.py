@@ -7,7 +7,7 @@ import reprlib
 import unicodedata
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -15,6 +15,7 @@ from bunny_lora.core import paths
 from bunny_lora.errors import BunnyLoraError
 
 MAX_NUMBER = 2**63 - 1
+Zoom = bool | Literal["only"]
 MAX_SHOWN = 100  # Characters of a key in a message.
 
 

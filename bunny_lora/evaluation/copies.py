@@ -59,7 +59,8 @@ def views_of(images: ImageDataset, config: Config, index: int) -> list[Image.Ima
     if config.zoom_on_faces:
         n_faces = len(images.samples[index].faces)
         faces = range(n_faces) if config.face_encoder else images.faces_to_zoom(index)
-        found += [images.zoomed(index, face) for face in faces]
+        near = [images.zoomed(index, face) for face in faces]
+        found = near if near and config.zoom_on_faces == "only" else found + near
     found += [view.flip(-1) for view in found] if config.random_flip else []
     return [_image(view) for view in found]
 

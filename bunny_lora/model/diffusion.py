@@ -48,6 +48,25 @@ def target(
     raise ValueError(f"unknown prediction_type {prediction_type!r}")
 
 
+def biased_timesteps(timesteps: torch.Tensor, bias: tuple[int, int, float], count: int) -> torch.Tensor:
+    """Return timesteps that come more often from a range, int64 [N], of such as are drawn evenly.
+
+    By the inverse of the cumulative distribution, so that a drawn number stays one number. It is what
+    diffusers' SDXL scripts draw with --timestep_bias_strategy range.
+
+    Args:
+        timesteps: int64 [N], drawn evenly below `count`.
+        bias: the range's first timestep, the first above it, and how many times as often it comes.
+        count: the noise scheduler's `num_train_timesteps`.
+    """
+    begin, end, multiplier = bias
+    times = torch.ones(count, dtype=torch.double)
+    times[begin:end] = multiplier
+    whole = times.cumsum(0)
+    places = (timesteps.cpu().double() + 0.5) / count * whole[-1]
+    return torch.searchsorted(whole, places, right=True).clamp(max=count - 1).to(timesteps.device)
+
+
 def snr_weights(
     timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str
 ) -> torch.Tensor:

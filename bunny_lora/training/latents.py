@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,43 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from bunny_lora.core import files
 from bunny_lora.core.progress import progress
 from bunny_lora.core.seeding import generator
+from bunny_lora.core.values import Zoom
 from bunny_lora.data.captions import caption_parts, find_name, name_only
 from bunny_lora.data.frames import FaceNames
 from bunny_lora.data.images import FACE_TO_MEDIUM
 from bunny_lora.dataset import ImageDataset, Sample, sample_indices
 from bunny_lora.model.components import encode_images
+from bunny_lora.training.batch import Batch
 from bunny_lora.training.masks import own_part
 from bunny_lora.training.sampler import Size, bucketed_indices
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, everything random in it drawn from (seed, purpose, position).
-
-    `latents` and `noise` are float32 [N, 4, h, w], `timesteps` int64 [N], `captions` N strings. `mask`
-    is float32 [N, 1, h, w], 0 where nothing is to be learnt; None: nowhere.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    captions: list[str]
-    mask: torch.Tensor | None = None
-
-    @staticmethod
-    def joined(batches: Sequence[Batch]) -> Batch:
-        """Return all samples of several batches of one size as one."""
-        masks = [batch.mask for batch in batches]
-        if any(mask is not None for mask in masks):
-            ones = [torch.ones_like(batch.latents[:, :1]) for batch in batches]
-            masks = [one if mask is None else mask for mask, one in zip(masks, ones, strict=True)]
-        return Batch(
-            torch.cat([batch.latents for batch in batches]),
-            torch.cat([batch.noise for batch in batches]),
-            torch.cat([batch.timesteps for batch in batches]),
-            [caption for batch in batches for caption in batch.captions],
-            None if masks[0] is None else torch.cat([mask for mask in masks if mask is not None]),
-        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +48,7 @@ class EncodedView:
 
     `faces` are (x1, y1, x2, y2) in latent pixels; none where the view is a square already. `face_names`
     say whose they are, if anybody knows. `caption` is None where it is the sample's own. `mask` is
-    float32 [H/8, W/8], 0 where somebody else is; None: nowhere.
+    float32 [H/8, W/8], 0 where somebody else is; None: nowhere. `zoomed`: a face from near.
     """
 
     latent_dist: torch.Tensor
@@ -84,6 +56,7 @@ class EncodedView:
     caption: str | None = None
     face_names: FaceNames = ()
     mask: torch.Tensor | None = None
+    zoomed: bool = False
 
     @property
     def size(self) -> Size:
@@ -260,7 +233,7 @@ def encode_dataset(
     cache_dir: Path,
     *,
     random_flip: bool = False,
-    zoom_on_faces: bool = False,
+    zoom_on_faces: Zoom = False,
     mask_neighbours: bool = False,
     tag_dropout: float = 0.0,
     caption_dropout: float = 0.0,
@@ -277,7 +250,7 @@ def encode_dataset(
         cache_dir: holds one safetensors file a key; it may be deleted at any time.
         random_flip: encode the mirror images too.
         zoom_on_faces: encode the square around each face that is known by name, too; an image is
-            drawn from near as often as whole.
+            drawn from near as often as whole, or with "only" always.
         mask_neighbours: know where such a square shows others, who are not to be learnt from it.
         tag_dropout: share of a caption's parts, between commas, left out at random, but for the
             first and those with a name of `images.characters`.
@@ -287,7 +260,7 @@ def encode_dataset(
         repeats: how often each image comes in an epoch.
         stream: names the random numbers that samples are drawn with.
     """
-    views = _views(images, random_flip=random_flip, zoom_on_faces=zoom_on_faces)
+    views = _views(images, random_flip=random_flip, zoom_on_faces=bool(zoom_on_faces))
     path = cache_dir / f"{_key(vae, images, views)}.safetensors"
     if not path.is_file():
         loader = DataLoader(
@@ -309,7 +282,10 @@ def encode_dataset(
             encoded = replace(encoded, mask=_own_part(view, images))
         (near if view.zoomed else whole)[view.index].append(encoded)
     # The whole image once for each face, so that it is drawn as often as all of them.
-    drawn = [w * max(1, len(n) // len(w)) + n for w, n in zip(whole, near, strict=True)]
+    drawn = [
+        n if n and zoom_on_faces == "only" else w * max(1, len(n) // len(w)) + n
+        for w, n in zip(whole, near, strict=True)
+    ]
     side = images.resolution // 8
     return EncodedImages(
         images.samples,
@@ -356,7 +332,8 @@ def _encoded_view(view: View, images: ImageDataset, latent_dist: torch.Tensor) -
     )
     faces = _faces_in(view, images, latent_dist)
     names = images.face_names[view.index] if faces and images.face_names is not None else ()
-    return EncodedView(latent_dist, faces, None if caption == own else caption, names)
+    told = None if caption == own else caption
+    return EncodedView(latent_dist, faces, told, names, zoomed=view.zoomed)
 
 
 def _own_part(view: View, images: ImageDataset) -> torch.Tensor | None:

@@ -15,14 +15,16 @@ import torch
 from bunny_lora.config import Config
 from bunny_lora.core.seeding import generator
 from bunny_lora.data.captions import caption_parts, find_name, names_any, without_names
-from bunny_lora.training.latents import Batch
+from bunny_lora.model import diffusion
+from bunny_lora.training.batch import Batch
 
 # Of preserved samples: half of guidance is the empty prompt, and a class stands for other subjects.
 EMPTY, CLASS = 0.25, 0.25
 # Parts of a caption that stay beside a name: many of them tell looks, and a name that is always told
 # with its looks need not mean any.
 KEPT_PARTS = 0.3
-# Below it, of 1000, a noisy picture shows who is in it, and words say nothing new.
+N_TIMESTEPS = 1000
+# Below it, a noisy picture shows who is in it, and words say nothing new.
 LEAST_TIMESTEP = 350
 
 
@@ -68,6 +70,8 @@ def with_lessons(
 ) -> tuple[Batch, dict[int, Lesson]]:
     """Return a micro-batch with the captions of its lessons, and the lessons by their rows.
 
+    The timesteps of all others are drawn as `training.timestep_bias_multiplier` says.
+
     Args:
         batch: as it is drawn.
         position: of its first sample in the stream.
@@ -75,9 +79,13 @@ def with_lessons(
         names: everybody in the data set.
         fits: whether the text encoder takes a caption in as a whole.
     """
-    seed, preservation, naming = config.training.seed, config.preservation, config.naming
-    looks = config.looks if naming.share else {}
+    training, preservation, naming = config.training, config.preservation, config.naming
+    seed, looks = training.seed, config.looks if naming.share else {}
     captions, timesteps = list(batch.captions), batch.timesteps.clone()
+    begin, end = training.timestep_bias_begin, training.timestep_bias_end
+    biased = diffusion.biased_timesteps(
+        timesteps, (begin, end, training.timestep_bias_multiplier), N_TIMESTEPS
+    )
     lessons: dict[int, Lesson] = {}
     for row in preserved_rows(config, position):
         random = generator(seed, "preservation", position + row)
@@ -88,7 +96,9 @@ def with_lessons(
         random = generator(seed, "naming", position + row)
         captions[row], told = _told(_of_one(captions[row], looks, random), looks, fits)
         lessons[row] = Lesson(told, naming.weight, naming.lora_scale)
-        timesteps[row] = LEAST_TIMESTEP + timesteps[row] * (1000 - LEAST_TIMESTEP) // 1000
+        timesteps[row] = LEAST_TIMESTEP + timesteps[row] * (N_TIMESTEPS - LEAST_TIMESTEP) // N_TIMESTEPS
+    for row in set(range(len(captions))) - lessons.keys():
+        timesteps[row] = biased[row]
     for row in noisy_rows(config, timesteps):
         if row not in lessons:
             captions[row], told = _told(captions[row], looks, fits)

@@ -16,7 +16,8 @@ from bunny_lora.core.seeding import derive_seed
 from bunny_lora.data.captions import count_tokens, without_names
 from bunny_lora.model import diffusion
 from bunny_lora.model.components import Components, encode_prompts
-from bunny_lora.training.latents import Batch, EncodedImages
+from bunny_lora.training.batch import Batch
+from bunny_lora.training.latents import EncodedImages
 from bunny_lora.training.lessons import Lesson, naming_rows, preserved_rows, with_lessons
 
 

@@ -102,7 +102,7 @@ def _n_to_encode(config: Config, parts: Components, data: ImageDataset) -> int:
 
     Faces that `face_encoder` is to tie to names are not known yet: those of one character are counted.
     """
-    ways = {"random_flip": config.random_flip, "zoom_on_faces": config.zoom_on_faces}
+    ways = {"random_flip": config.random_flip, "zoom_on_faces": bool(config.zoom_on_faces)}
     return latents.n_to_encode(parts.vae, data, config.data_path.parent / "latents", **ways)
 
 

@@ -193,7 +193,7 @@ def take_turns(parts: Components, config: Config) -> None:
 def _idle(config: Config, images: EncodedImages) -> list[str]:
     """Return in lines which settings find nothing in the data to work on."""
     views = [view for views in images.views for view in views]
-    near = any(len(views) > 1 + config.random_flip for views in images.views)
+    near = any(view.zoomed for view in views)
     untold, unseen = images.names - set(config.looks), set(config.looks) - images.names
     said = {
         "training.caption_tag_dropout does nothing: no caption has a part, after a comma, that may be"
