@@ -173,6 +173,13 @@ class Config(Section):
                 "share teaches names what looks say, and nobody's are told: set looks, such as"
                 " looks: {rex: red fox in a green hat}, or share: 0"
             )
+        training = info.data.get("training", TrainingSection())
+        if value.share and value.lora_scale not in (0, 1) and training.gradient_checkpointing:
+            raise ValueError(
+                f"lora_scale {value.lora_scale:g} does not go with training.gradient_checkpointing,"
+                " which computes parts again, at scale 1 then: set lora_scale: 1, or"
+                " gradient_checkpointing: false"
+            )
         preserved = info.data.get("preservation", PreservationSection()).share
         if value.share + preserved >= 1:
             raise ValueError(

@@ -217,7 +217,8 @@ class NamingSection(Section):
     share: float = Field(0.0, ge=0, lt=1)
     """How many of each step's samples, from 0 to below 1. 0: none, off."""
     lora_scale: Scale = 0.7
-    """At which scale the LoRA predicts what is learnt; 0: the base model alone."""
+    """At which scale the LoRA predicts what is learnt, and learns it: that of `sampling`, best. 0: the
+    base model alone predicts."""
     weight: float = Field(5.0, gt=0)
     """How much the loss of each counts; 1: as much as that of any other."""
 

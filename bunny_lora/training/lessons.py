@@ -30,7 +30,10 @@ LEAST_TIMESTEP = 350
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a sample learns: the model's prediction of `caption` with its LoRA at `lora_scale`."""
+    """What a sample learns: the model's prediction of `caption` with its LoRA at `lora_scale`.
+
+    It learns it at that scale, too; what the model predicts without its LoRA, at 1.
+    """
 
     caption: str
     weight: float
