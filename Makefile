@@ -90,6 +90,9 @@ RESOLUTION ?= 512
 BENCH := --append docs/benchmarks.md
 bench: $(INSTALLED) ## Measure training, drawing, starting, growth and memory, and add it to docs/benchmarks.md
 	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH)
+	$(BIN)/python benchmarks/train_step.py --resolution $(RESOLUTION) $(BENCH) \
+	    --mixed-precision no --fast-path off --sides ancestor plain --repeats 3
+	$(BIN)/python benchmarks/profile_step.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/draw.py --resolution $(RESOLUTION) $(BENCH)
 	if [ -d $(READERS) ]; then PYTHONPATH=$(READERS) $(BIN)/python benchmarks/draw_cpp.py $(BENCH); \
 	    else echo "Left out: stable-diffusion.cpp, which 'make readers' builds."; fi
