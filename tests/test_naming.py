@@ -167,8 +167,11 @@ def test_names_without_looks_and_looks_without_pictures_are_said(
 ) -> None:
     loaded(tiny_model, 0.0, **OPTIONS | {"looks": {"rex": "fox"}})
     said = capsys.readouterr().out
+    assert "taught for pictures at 0.7, and sampling.lora_scale draws at 1." in said
     assert "naming.share: of ellie looks tell nothing" in said
     assert "looks: no picture is said to show rex" in said
+    loaded(tiny_model, 0.0, **OPTIONS | {"sampling": {"lora_scale": 0.7}})
+    assert "naming.lora_scale" not in capsys.readouterr().out
 
 
 def test_with_naming_other_looks_make_another_run_and_without_they_do_not(

@@ -209,6 +209,10 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
         ),
         f"naming.share: of {', '.join(sorted(untold))} looks tell nothing, so these names are taught by"
         " pictures alone.": config.naming.share and untold,
+        f"naming.lora_scale: names are taught for pictures at {config.naming.lora_scale:g}, and"
+        f" sampling.lora_scale draws at {config.sampling.lora_scale:g}.": (
+            config.naming.share and config.naming.lora_scale not in (0, config.sampling.lora_scale)
+        ),
         f"looks: no picture is said to show {', '.join(sorted(unseen))}: taught by words alone.": (
             config.naming.share and unseen
         ),
