@@ -232,3 +232,11 @@ def test_timesteps_are_biased_for_pictures_and_not_for_lessons(tiny_model: str, 
     assert all(200 <= other < 600 for _, other in own)
     assert [other for _, other in sorted(own)] == sorted(other for _, other in own)
     assert not all(200 <= one < 600 for one, _ in own)
+
+
+def test_a_range_of_timesteps_that_counts_no_more_than_others_is_said(
+    tiny_model: str, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for training, said in (({"timestep_bias_end": 700}, True), ({}, False)):
+        loaded(tiny_model, 0.5, training=training)
+        assert ("timestep_bias_end do nothing with" in capsys.readouterr().out) is said

@@ -39,6 +39,11 @@ class Lesson:
     weight: float
     lora_scale: float = 0.0
 
+    @property
+    def learnt_at(self) -> float:
+        """The LoRA scale at which the sample learns."""
+        return self.lora_scale or 1.0
+
 
 def preserved_rows(config: Config, position: int) -> list[int]:
     """Return which samples of a micro-batch are preserved: spread evenly over the positions."""

@@ -135,12 +135,11 @@ class Learner:
             taught = [row for row in sorted(lessons) if lessons[row].lora_scale == lora_scale]
             captions = [lessons[row].caption for row in taught]
             rows = torch.tensor(taught, device=device)
-            predicted = self.predict(noisy_latents[rows], timesteps[rows], captions, lora_scale)
+            with torch.no_grad():
+                predicted = self.predict(noisy_latents[rows], timesteps[rows], captions, lora_scale)
             target = target.index_copy(0, rows, predicted)
             weights[rows] = torch.tensor([lessons[row].weight for row in taught], device=device)
-        scales = [
-            lessons[row].lora_scale or 1.0 if row in lessons else 1.0 for row in range(len(latents))
-        ]
+        scales = [lessons[row].learnt_at if row in lessons else 1.0 for row in range(len(latents))]
         prediction = self._at_scales(noisy_latents, timesteps, batch.captions, scales)
         mask = None if batch.mask is None else batch.mask.to(device)
         losses = weights * diffusion.loss_per_sample(prediction, target, mask)
@@ -160,24 +159,10 @@ class Learner:
         for scale in dict.fromkeys(scales):
             rows = [row for row, own in enumerate(scales) if own == scale]
             told = [captions[row] for row in rows]
-            samples = self._predicted(noisy_latents[rows], timesteps[rows], told, scale)
+            samples = self.predict(noisy_latents[rows], timesteps[rows], told, scale)
             predicted |= dict(zip(rows, samples, strict=True))
         return torch.stack([predicted[row] for row in range(len(scales))])
 
-    def _predicted(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: list[str],
-        lora_scale: float,
-    ) -> torch.Tensor:
-        with contextlib.ExitStack() as scaled:
-            for model in self.models.values() if lora_scale != 1 else ():
-                at_scale = rescale_adapter_scale(model, lora_scale)
-                scaled.enter_context(at_scale if lora_scale else model.disable_adapter())
-            return self.components.unet(noisy_latents, timesteps, self.encode(captions)).sample
-
-    @torch.no_grad()
     def predict(
         self,
         noisy_latents: torch.Tensor,
@@ -193,4 +178,9 @@ class Learner:
             captions: N strings.
             lora_scale: 0: without the LoRA, 1: as it is.
         """
-        return self._predicted(noisy_latents, timesteps, captions, lora_scale).float()
+        with contextlib.ExitStack() as scaled:
+            for model in self.models.values() if lora_scale != 1 else ():
+                at_scale = rescale_adapter_scale(model, lora_scale)
+                scaled.enter_context(at_scale if lora_scale else model.disable_adapter())
+            hidden_states = self.encode(captions)
+            return self.components.unet(noisy_latents, timesteps, hidden_states).sample.float()

@@ -192,7 +192,7 @@ def take_turns(parts: Components, config: Config) -> None:
 
 def _idle(config: Config, images: EncodedImages) -> list[str]:
     """Return in lines which settings find nothing in the data to work on."""
-    views = [view for views in images.views for view in views]
+    training, views = config.training, [view for views in images.views for view in views]
     near = any(view.zoomed for view in views)
     untold, unseen = images.names - set(config.looks), set(config.looks) - images.names
     said = {
@@ -209,6 +209,11 @@ def _idle(config: Config, images: EncodedImages) -> list[str]:
         ),
         f"naming.share: of {', '.join(sorted(untold))} looks tell nothing, so these names are taught by"
         " pictures alone.": config.naming.share and untold,
+        "training.timestep_bias_begin and timestep_bias_end do nothing with timestep_bias_multiplier:"
+        " 1.": (
+            training.timestep_bias_multiplier == 1
+            and (training.timestep_bias_begin, training.timestep_bias_end) != (0, 1000)
+        ),
         f"naming.lora_scale: names are taught for pictures at {config.naming.lora_scale:g}, and"
         f" sampling.lora_scale draws at {config.sampling.lora_scale:g}.": (
             config.naming.share and config.naming.lora_scale not in (0, config.sampling.lora_scale)
