@@ -85,9 +85,9 @@ def test_a_sample_learns_by_the_name_what_the_model_draws_of_name_and_looks(
     rows = list(lessons)
     told = [lesson.caption for lesson in lessons.values()]
     names = [batch.captions[row] for row in rows]
-    target = run.learner.predict(noisy[rows], batch.timesteps[rows], told, scale)
-    ours = run.learner.predict(noisy[rows], batch.timesteps[rows], names, scale)
-    as_it_is = run.learner.predict(noisy[rows], batch.timesteps[rows], told, 1)
+    target = run.learner.predict(noisy[rows], batch.timesteps[rows], told, [scale] * 2)
+    ours = run.learner.predict(noisy[rows], batch.timesteps[rows], names, [scale] * 2)
+    as_it_is = run.learner.predict(noisy[rows], batch.timesteps[rows], told, [1, 1])
     assert not torch.allclose(target, as_it_is), "the scale counts"
     expected = weight * (ours - target).square().flatten(1).mean(1)
     losses = run.learner.losses(batch, lessons)
@@ -200,7 +200,7 @@ def test_a_name_comes_to_mean_its_looks(tiny_model: str, data: Path) -> None:
         learner = trainer.setup.learner
         batch = learner._batch(learner.images, 1000)
         alone, told = (
-            learner.predict(batch.noise, batch.timesteps, [text] * 4, 1)
+            learner.predict(batch.noise, batch.timesteps, [text] * 4, [1] * 4)
             for text in ("ellie, waving", with_looks_told("ellie, waving", LOOKS))
         )
         apart[share] = ((alone - told).square().mean() / told.square().mean()).item()

@@ -202,7 +202,7 @@ def test_it_holds_the_empty_prompt_nearer_to_the_base_model(tiny_model: str, dat
         run = trainer.setup
         batch = run.learner._batch(run.learner.images, 1000)
         with torch.no_grad():
-            base = run.learner.predict(batch.noise, batch.timesteps, [""] * 4, 0)
+            base = run.learner.predict(batch.noise, batch.timesteps, [""] * 4, [0] * 4)
             hidden_states = encode_prompts(run.parts, [""] * 4)
             now = run.parts.unet(batch.noise, batch.timesteps, hidden_states).sample
         moved_by[share] = (now - base).square().mean().item()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from peft.helpers import rescale_adapter_scale
 
 from bunny_lora.config import Config
 from bunny_lora.core.seeding import derive_seed
 from bunny_lora.data.captions import count_tokens, without_names
 from bunny_lora.model import diffusion
 from bunny_lora.model.components import Components, encode_prompts
+from bunny_lora.model.lora_scales import lora_scales
 from bunny_lora.training.batch import Batch
 from bunny_lora.training.latents import EncodedImages
 from bunny_lora.training.lessons import Lesson, naming_rows, preserved_rows, with_lessons
@@ -131,56 +130,38 @@ class Learner:
         noisy_latents = noisy_latents.to(self.components.dtype)
         weights = torch.ones(len(latents), device=device)
         lessons = lessons or {}
-        for lora_scale in {lesson.lora_scale for lesson in lessons.values()}:
-            taught = [row for row in sorted(lessons) if lessons[row].lora_scale == lora_scale]
-            captions = [lessons[row].caption for row in taught]
+        if lessons:
+            taught = sorted(lessons)
             rows = torch.tensor(taught, device=device)
+            told = [lessons[row].caption for row in taught]
+            scales = [lessons[row].lora_scale for row in taught]
             with torch.no_grad():
-                predicted = self.predict(noisy_latents[rows], timesteps[rows], captions, lora_scale)
+                predicted = self.predict(noisy_latents[rows], timesteps[rows], told, scales)
             target = target.index_copy(0, rows, predicted)
             weights[rows] = torch.tensor([lessons[row].weight for row in taught], device=device)
         scales = [lessons[row].learnt_at if row in lessons else 1.0 for row in range(len(latents))]
-        prediction = self._at_scales(noisy_latents, timesteps, batch.captions, scales)
+        prediction = self.predict(noisy_latents, timesteps, batch.captions, scales)
         mask = None if batch.mask is None else batch.mask.to(device)
         losses = weights * diffusion.loss_per_sample(prediction, target, mask)
         if (gamma := self.config.training.snr_gamma) is not None:
             losses = losses * diffusion.snr_weights(timesteps, alphas_cumprod, gamma, kind)
         return losses
 
-    def _at_scales(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        captions: list[str],
-        scales: list[float],
-    ) -> torch.Tensor:
-        """Return what the model predicts of each sample at a LoRA scale of its own, [N, 4, h, w]."""
-        predicted: dict[int, torch.Tensor] = {}
-        for scale in dict.fromkeys(scales):
-            rows = [row for row, own in enumerate(scales) if own == scale]
-            told = [captions[row] for row in rows]
-            samples = self.predict(noisy_latents[rows], timesteps[rows], told, scale)
-            predicted |= dict(zip(rows, samples, strict=True))
-        return torch.stack([predicted[row] for row in range(len(scales))])
-
     def predict(
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         captions: list[str],
-        lora_scale: float,
+        scales: Sequence[float],
     ) -> torch.Tensor:
-        """Return what UNet and text encoder predict at a LoRA scale, float32 [N, 4, h, w].
+        """Return what the model predicts with its LoRA at these scales, float32 [N, 4, h, w].
 
         Args:
             noisy_latents: [N, 4, h, w] in the model's dtype.
             timesteps: int64 [N].
             captions: N strings.
-            lora_scale: 0: without the LoRA, 1: as it is.
+            scales: N, of the LoRA; 0: without the LoRA, 1: as it is.
         """
-        with contextlib.ExitStack() as scaled:
-            for model in self.models.values() if lora_scale != 1 else ():
-                at_scale = rescale_adapter_scale(model, lora_scale)
-                scaled.enter_context(at_scale if lora_scale else model.disable_adapter())
+        with lora_scales(self.models.values(), scales):
             hidden_states = self.encode(captions)
             return self.components.unet(noisy_latents, timesteps, hidden_states).sample.float()

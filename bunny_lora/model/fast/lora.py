@@ -70,8 +70,10 @@ def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     if layer.disable_adapters or layer.merged or args or kwargs:
         return Linear.forward(layer, x, *args, **kwargs)
     (name,), base = layer.active_adapters, layer.base_layer
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+    a, b = layer.lora_A[name], layer.lora_B[name].weight
+    if a._forward_hooks:  # Samples have LoRA scales of their own.
+        return Linear.forward(layer, x)
+    return lora_linear(x, base.weight, base.bias, a.weight, b, layer.scaling[name])
 
 
 def install(unet: torch.nn.Module) -> None:
