@@ -94,6 +94,11 @@ def test_a_training_image_is_compared_with_the_ancestors_by_one_command(tmp_path
             ["low_memory | 0."],
         ),
         (
+            "profile_step",
+            ["--base-model", "random-tiny", "--resolution", "64"],
+            ["attention |", "convolutions |", "linear layers and LoRA |", "all |"],
+        ),
+        (
             "start",
             ["--base-model", "random-tiny", "--resolution", "32", "--frames", "2"],
             ["with data", "warm"],
@@ -109,6 +114,21 @@ def test_each_benchmark_is_one_command(name, options, rows, tmp_path) -> None:
     text = results.read_text()
     assert text.startswith("\n## 20") and "cores" in text and "load" in text and "torch 2." in text
     assert all(f"\n| {row}" in text for row in rows)
+
+
+def test_operators_are_counted_as_what_they_do(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
+    kind_of = runpy.run_path(str(CHECKOUT / "benchmarks" / "profile_step.py"))["kind_of"]
+    kinds = {
+        "aten::mkldnn_convolution": "convolutions",
+        "aten::addmm": "linear layers and LoRA",
+        "_LoRALinearBackward": "linear layers and LoRA",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+        "aten::native_group_norm": "normalisation",
+        "aten::copy_": "copies and casts",
+        "aten::add": "all else",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
 
 
 def test_rows_have_medians_spread_and_ratios_of_both_clocks() -> None:
