@@ -85,6 +85,7 @@ $(READERS):
 readers: $(INSTALLED) | $(READERS) ## Have other programs draw with what we export, and compare
 	PYTHONPATH=$(READERS) $(BIN)/python tests/readers.py
 
+# The plan comes last, since it fails where it is too far from its run.
 # RESOLUTION makes it smaller where 512 px takes too long: make bench RESOLUTION=128
 RESOLUTION ?= 512
 BENCH := --append docs/benchmarks.md
@@ -98,8 +99,8 @@ bench: $(INSTALLED) ## Measure training, drawing, starting, growth and memory, a
 	    else echo "Left out: stable-diffusion.cpp, which 'make readers' builds."; fi
 	$(BIN)/python benchmarks/start.py --resolution $(RESOLUTION) $(BENCH)
 	$(BIN)/python benchmarks/growth.py $(BENCH)
-	$(BIN)/python benchmarks/plan.py $(BENCH)
 	$(BIN)/python benchmarks/memory.py --resolution $(RESOLUTION) $(BENCH)
+	$(BIN)/python benchmarks/plan.py $(BENCH)
 
 # What nbval compares with: outputs of the marked cells only, at the size that nbval runs.
 NBCONVERT := jupyter nbconvert --log-level ERROR --to notebook --inplace
