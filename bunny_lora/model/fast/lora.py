@@ -71,13 +71,16 @@ def _forward(layer: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch
         return Linear.forward(layer, x, *args, **kwargs)
     (name,), base = layer.active_adapters, layer.base_layer
     a, b = layer.lora_A[name], layer.lora_B[name].weight
-    if a._forward_hooks:  # Samples have LoRA scales of their own.
+    if a._forward_hooks:  # They scale each sample, and only PEFT calls A.
         return Linear.forward(layer, x)
     return lora_linear(x, base.weight, base.bias, a.weight, b, layer.scaling[name])
 
 
 def install(unet: torch.nn.Module) -> None:
-    """Let every LoRA layer that is nothing but the formula above compute it so, until `remove`."""
+    """Let every LoRA layer that is nothing but the formula above compute it so, until `remove`.
+
+    Batches whose samples have LoRA scales of their own are left to PEFT, see `model.lora_scales`.
+    """
     for layer in unet.modules():
         if type(layer) is Linear and _is_plain(layer):
             layer.forward = functools.partial(_forward, layer)
